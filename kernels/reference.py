@@ -1,0 +1,93 @@
+"""The compressor in plain torch: the specification every fast kernel is tested against.
+
+Shapes: T temporal cells, N tokens per cell, D hidden size, H policy width, K retained tokens.
+Maths is fp32; both GEMM operands are first rounded to the dtype of ``x``, as the tensor cores see them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def residual(x: torch.Tensor) -> torch.Tensor:
+    """Surprise signal, paper eq. 2: subtract in fp32, round once to the dtype of ``x``.
+
+    Args:
+        x: [T, N, D] visual tokens.
+
+    Returns:
+        [T, N, D] in the dtype of ``x``; the first frame's residual is the frame itself.
+    """
+    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    return (x.float() - previous.float()).to(x.dtype)
+
+
+def score(
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_out: torch.Tensor,
+    use_residual: bool = True,
+) -> torch.Tensor:
+    """Retention logits of every token, paper eq. 3-4 without the sigmoid (it does not change the order).
+
+    Args:
+        x: [T, N, D] float tokens.
+        w_in: [H, 2D] weight of the hidden layer over ``[x ; residual]`` ([H, D] without the residual).
+        b_in: [H].
+        w_out: [H] weight of the output.
+        b_out: [1].
+        use_residual: False drops the surprise half (the paper's table 5).
+
+    Returns:
+        [T * N] float32 logits.
+    """
+    d = x.shape[-1]
+    w = w_in.to(x.dtype).float()
+    hidden = x.float() @ w[:, :d].T
+    if use_residual:
+        hidden = hidden + residual(x).float() @ w[:, d:].T
+    hidden = F.gelu(hidden + b_in.float())
+    return (hidden @ w_out.float() + b_out.float()).reshape(-1)
+
+
+def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact global top-K, paper section 4.5; ties go to the lower index, NaN ranks below everything.
+
+    Args:
+        scores: [M] float32.
+        k: number to keep, 1 <= k <= M.
+
+    Returns:
+        ``(indices, has_nan)``: [k] int64 ascending, and a 0-dim bool tensor that is True where any score is
+        NaN. The caller decides what to do about it: no host sync happens here.
+
+    Raises:
+        ValueError: ``scores`` is not one-dimensional float32, or ``k`` is out of range.
+    """
+    if scores.ndim != 1 or scores.dtype != torch.float32:
+        raise ValueError(f"scores must be [M] float32, got {tuple(scores.shape)} {scores.dtype}")
+    if not 1 <= k <= scores.shape[0]:
+        raise ValueError(f"k must be in [1, {scores.shape[0]}], got {k}")
+    nan = torch.isnan(scores)
+    order = torch.sort(scores.masked_fill(nan, float("-inf")), descending=True, stable=True).indices
+    return torch.sort(order[:k]).values, nan.any()
+
+
+def gather(x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | None = None) -> torch.Tensor:
+    """Kept rows, with their position channels appended where given.
+
+    Args:
+        x: [T, N, D].
+        indices: [K] int64 flat indices.
+        channels: [T * N, C] values exact in the dtype of ``x``, or None.
+
+    Returns:
+        [K, D] or [K, D + C] in the dtype of ``x``.
+    """
+    rows = x.reshape(-1, x.shape[-1])[indices]
+    if channels is None:
+        return rows
+    return torch.cat([rows, channels[indices].to(x.dtype)], dim=1)

@@ -1,0 +1,81 @@
+"""The configuration stored beside every policy's weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+ACTIVATIONS = ("gelu",)
+
+
+def default_policy_width(hidden_size: int) -> int:
+    """Width H of the policy's one hidden layer: 512 for D >= 1024, else max(64, D)."""
+    return 512 if hidden_size >= 1024 else max(64, hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """Shape and origin of a :class:`~score_vllm.policy.RetentionPolicy`.
+
+    Attributes:
+        hidden_size: D, width of the visual tokens the policy reads (the LLM's hidden size).
+        policy_width: H, width of the policy's one hidden layer.
+        model_id: the model it was trained for, as given to ``--model``; informative.
+        method: always ``"score"``: the file says what made it.
+        use_residual: False is the paper's ablation without the surprise signal (table 5).
+        provenance: free-form record of how it was made: commit, data, versions, arguments.
+        format_version: of this file.
+    """
+
+    hidden_size: int
+    policy_width: int
+    model_id: str = ""
+    method: str = "score"
+    use_residual: bool = True
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "policy_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"policy config: {name} must be an integer >= 1, got {value!r}")
+        if self.method != "score":
+            raise ValueError(f"policy config: method must be 'score', got {self.method!r}")
+        if not isinstance(self.use_residual, bool):
+            raise ValueError(f"policy config: use_residual must be true or false, got {self.use_residual!r}")
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"policy config: format_version must be {FORMAT_VERSION}, got {self.format_version!r}; "
+                "the file was written by another version of score-vllm"
+            )
+
+    def to_json(self) -> str:
+        """Stable, human-readable JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> PolicyConfig:
+        """Read ``config.json``.
+
+        Raises:
+            ValueError: not JSON, unknown or missing keys, or values out of range; the message names the file.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(raw) - known):
+            raise ValueError(f"{path} has unknown keys {unknown}; known keys are {sorted(known)}")
+        if missing := sorted({"hidden_size", "policy_width"} - set(raw)):
+            raise ValueError(f"{path} lacks the keys {missing}")
+        try:
+            return cls(**raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

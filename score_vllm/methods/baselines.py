@@ -1,0 +1,53 @@
+"""Content-blind baselines: evenly spaced and random tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from score_vllm.methods import register
+from score_vllm.types import TokenSelection
+
+
+def _selection(x: torch.Tensor, indices: torch.Tensor) -> TokenSelection:
+    frames, per_frame, d = x.shape
+    scores = torch.zeros(frames * per_frame, dtype=torch.float32, device=x.device)
+    indices = indices.to(x.device)
+    scores[indices] = 1.0
+    return TokenSelection(indices, x.reshape(-1, d)[indices], scores, frames, per_frame)
+
+
+@register("uniform")
+def uniform(x: torch.Tensor, num_retained: int, **_: Any) -> TokenSelection:
+    """Evenly spaced tokens over the whole video, at the centres of K equal bins.
+
+    Args:
+        x: [T, N, D].
+        num_retained: K.
+
+    Returns:
+        The selection; scores are 1 for kept tokens and 0 for the rest.
+    """
+    total = x.shape[0] * x.shape[1]
+    # Integer arithmetic: (2i + 1) * total / (2K), exact for any size.
+    centres = (2 * torch.arange(num_retained, dtype=torch.int64) + 1) * total // (2 * num_retained)
+    return _selection(x, centres)
+
+
+@register("random")
+def random(x: torch.Tensor, num_retained: int, *, seed: int = 0, **_: Any) -> TokenSelection:
+    """K tokens drawn without replacement; the same draw for the same seed and size on every device.
+
+    Args:
+        x: [T, N, D].
+        num_retained: K.
+        seed: of the draw.
+
+    Returns:
+        The selection; scores are 1 for kept tokens and 0 for the rest.
+    """
+    total = x.shape[0] * x.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(total, generator=generator)[:num_retained]
+    return _selection(x, drawn.sort().values)

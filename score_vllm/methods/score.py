@@ -1,0 +1,31 @@
+"""SCORE: rank tokens by the trained retention policy (paper section 4.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from score_vllm.methods import register
+from score_vllm.policy import RetentionPolicy
+
+
+@register("score")
+def score(x: torch.Tensor, num_retained: int, *, policy: RetentionPolicy | None = None, **_: Any) -> torch.Tensor:
+    """Logits of the policy for every token.
+
+    Args:
+        x: [T, N, D].
+        num_retained: unused: the ranking does not depend on it.
+        policy: the trained policy.
+
+    Returns:
+        [T * N] float32.
+
+    Raises:
+        ValueError: no policy is given, or its hidden size is not D.
+    """
+    if policy is None:
+        raise ValueError("method 'score' needs policy=RetentionPolicy(...); pass one or choose another method")
+    with torch.no_grad():
+        return policy(x).flatten()

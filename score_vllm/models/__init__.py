@@ -1,0 +1,1 @@
+"""vLLM adapters: one file per model family. Importing this package imports nothing."""
