@@ -130,6 +130,41 @@ def ensure_demo(cache: Path | None = None) -> tuple[Path, Path]:
     return home / MODEL_FOLDER, home / POLICY_FOLDER
 
 
+def ensure_demo_clip(home: Path) -> Path:
+    """A six-second sample clip beside the demo model: a disc crosses a textured ground.
+
+    Args:
+        home: the demo's folder in the cache.
+
+    Returns:
+        Path of the mp4 file; written once, atomically.
+    """
+    import av
+    import numpy as np
+
+    path = home / "clip.mp4"
+    if path.is_file():
+        return path
+    height, width, count, fps = 180, 320, 60, 10
+    ground = np.random.default_rng(SEED).integers(40, 110, (height // 4, width // 4, 3), dtype=np.uint8)
+    ground = ground.repeat(4, axis=0).repeat(4, axis=1)
+    rows, columns = np.mgrid[:height, :width]
+    handle, name = tempfile.mkstemp(suffix=".mp4", dir=home)
+    os.close(handle)
+    with av.open(name, "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(count):
+            picture = ground.copy()
+            centre = 30 + (width - 60) * i / (count - 1)
+            picture[(columns - centre) ** 2 + (rows - height / 2) ** 2 < 24**2] = (230, 60, 40)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+    return path
+
+
 def _recipe_digest() -> str:
     recipe = [RECIPE_VERSION, SEED, SPECIAL_TOKENS, CHAT_TEMPLATE, TEXT_CONFIG, VISION_CONFIG, PIXELS]
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]

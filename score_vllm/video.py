@@ -242,7 +242,9 @@ class _FrameIndex:
         self.fps = rate
         self.duration = max(span + 1.0 / rate, len(entries) / rate) if span else len(entries) / rate
         if self.duration > limits.max_duration:
-            raise VideoError(f"the video lasts {self.duration:.0f} s, more than max_duration = {limits.max_duration:g} s")
+            raise VideoError(
+                f"the video lasts {self.duration:.0f} s, more than max_duration = {limits.max_duration:g} s"
+            )
 
 
 def _decode(container: Any, stream: Any, deadline: _Deadline) -> Iterator[Any]:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
@@ -53,6 +55,13 @@ REPORT_KEY = "score"
 
 # Rotary tables of vLLM's M-RoPE models hold this many times max_position_embeddings.
 _ROTARY_TABLE_FACTOR = 4
+
+
+class RetentionRatioError(VLLMValidationError, ValueError):
+    """A client's ratio is wrong: 400 with the field's name in the server, ValueError for library users."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, parameter=RATIO_KEY)
 
 
 def grid_of(grid_thw: torch.Tensor, merge_size: int) -> VideoGrid:
@@ -112,14 +121,17 @@ class CompressionProcessorMixin:
         asked = inputs.hf_processor_mm_kwargs.get(RATIO_KEY)
         if asked is None:
             return (self.serving.retention_ratio,) * count
-        if isinstance(asked, Sequence) and not isinstance(asked, str):
-            if len(asked) != count:
-                raise ValueError(
-                    f"{RATIO_KEY} must be one number or a list with one number in (0, 1] per video; "
-                    f"got {len(asked)} for {count} video(s)"
-                )
-            return tuple(check_retention_ratio(r, f"{RATIO_KEY}[{i}]") for i, r in enumerate(asked))
-        return (check_retention_ratio(asked),) * count
+        try:
+            if isinstance(asked, Sequence) and not isinstance(asked, str):
+                if len(asked) != count:
+                    raise ValueError(
+                        f"{RATIO_KEY} must be one number or a list with one number in (0, 1] per video; "
+                        f"got {len(asked)} for {count} video(s)"
+                    )
+                return tuple(check_retention_ratio(r, f"{RATIO_KEY}[{i}]") for i, r in enumerate(asked))
+            return (check_retention_ratio(asked),) * count
+        except (TypeError, ValueError) as error:
+            raise RetentionRatioError(str(error)) from error
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Profile memory with nothing dropped: a request may ask for ratio 1."""
@@ -132,7 +144,7 @@ class CompressionProcessorMixin:
         """vLLM's door; adds a ``score`` report of the videos to the result."""
         if self.serving is None:
             if RATIO_KEY in inputs.hf_processor_mm_kwargs:
-                raise ValueError(f"{RATIO_KEY} was given, but this server runs without SCORE compression")
+                raise RetentionRatioError(f"{RATIO_KEY} was given, but this engine runs without SCORE compression")
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         kwargs = {**inputs.hf_processor_mm_kwargs, RATIO_KEY: self._resolve_ratios(inputs)}
         reports: list[VideoReport] = []
@@ -247,13 +259,16 @@ class VideoCompressor:
     def __init__(self, serving: ServingConfig, hidden_size: int) -> None:
         self.serving = serving
         self.hidden_size = hidden_size
-        self.timer = CompressorTimer(serving.stats_dir)
+        # One worker per tensor-parallel group keeps the time, or every video would count several times.
+        self.timer = CompressorTimer(serving.stats_dir if get_tensor_model_parallel_rank() == 0 else None)
         methods.get(serving.method)
         self.policy: RetentionPolicy | None = None
         if serving.policy is not None:
             self.policy = load_policy(serving.policy, hidden_size)
             if serving.policy_digest and self.policy.digest() != serving.policy_digest:
-                raise ValueError(f"policy {serving.policy} changed on disk while the server was starting; start it again")
+                raise ValueError(
+                    f"policy {serving.policy} changed on disk while the server was starting; start it again"
+                )
 
     def compress(self, x: torch.Tensor, grid: VideoGrid, t_factor: float, num_retained: int) -> torch.Tensor:
         """Keep K tokens of a video and append their position channels.

@@ -19,7 +19,9 @@ DECORD_LOADER = "score_decord"
 def _limits(options: dict[str, Any]) -> DecodeLimits:
     known = set(DecodeLimits.__dataclass_fields__)
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"media_io_kwargs.video has unknown keys {unknown}; known are {sorted(known)}, fps, num_frames")
+        raise ValueError(
+            f"media_io_kwargs.video has unknown keys {unknown}; known are {sorted(known)}, fps, num_frames"
+        )
     return DecodeLimits(**options)
 
 

@@ -11,16 +11,16 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
-from collections.abc import Iterator  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
-from score_vllm.config import ServingConfig  # noqa: E402
+from score_vllm.config import ServingConfig
 
 # Every request is cut into chunks of this many tokens, so boundaries fall inside videos all the time.
 CHUNK = 16

@@ -103,7 +103,12 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], int, list[float] | None]] = {
         0,
         None,
     ),
-    "video at the end": (f"Look: {VIDEO}"[: -len("<|vision_end|>")], [{"num_frames": 10, "height": 84, "width": 84}], 0, None),
+    "video at the end": (
+        f"Look: {VIDEO}"[: -len("<|vision_end|>")],
+        [{"num_frames": 10, "height": 84, "width": 84}],
+        0,
+        None,
+    ),
     "two videos, two ratios": (
         f"A {VIDEO} and B {VIDEO}: compare.",
         [{"num_frames": 12, "height": 84, "width": 84}, {"num_frames": 8, "height": 56, "width": 140}],
@@ -150,7 +155,9 @@ def test_oracle(
         engine.clear()
         output = generate(engine, prompt, videos, images, ratio)
         ratios = per_video or [ratio] * len(videos)
-        kept = sum(num_retained_tokens(g.num_tokens, r) for (_, g, _, _), r in zip(engine.compressed, ratios, strict=True))
+        kept = sum(
+            num_retained_tokens(g.num_tokens, r) for (_, g, _, _), r in zip(engine.compressed, ratios, strict=True)
+        )
         video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         assert list(output.prompt_token_ids).count(video_id) == kept
         first, generated = greedy(reference, oracle_prompt(tokenizer, prompt, engine, ratios, policy), 8)
@@ -234,7 +241,9 @@ def test_decode_does_no_position_work(engine: Engine, monkeypatch: pytest.Monkey
     assert not model._position_offsets.any()
 
 
-def test_literal_placeholder_in_text_does_not_shift_the_video(engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path) -> None:
+def test_literal_placeholder_in_text_does_not_shift_the_video(
+    engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path
+) -> None:
     """A client may write the placeholder itself; vLLM fills the first, and ours must stand exactly there."""
     policy = RetentionPolicy.from_pretrained(tiny_policy)
     prompt = f"{VIDEO}Say <|image_pad|> and go."
