@@ -1,6 +1,7 @@
 # Everything runs from .venv, which `make setup` builds once; nothing needs activation.
 PYTHON ?= python3
 RETENTION ?= 0.1
+HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= demo
 
@@ -10,7 +11,7 @@ setup:
 	@$(PYTHON) scripts/setup_env.py
 
 serve: setup
-	@.venv/bin/score-serve --model $(MODEL) --retention $(RETENTION) --port $(PORT)
+	@.venv/bin/score-serve --model $(MODEL) --retention $(RETENTION) --host $(HOST) --port $(PORT)
 
 test: setup
 	@.venv/bin/ruff check .

@@ -293,12 +293,15 @@ def configure(args: argparse.Namespace) -> str | None:
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
     args.worker_extension_cls = "score_vllm.models.worker.ScoreWorkerExtension"
     apply_media_options(args)
-    args.score_clip = None if model.demo_clip is None else str(model.demo_clip)
+    args.score_clip = model.demo_clip
+    args.score_banner = banner(args) if args.uds is None else None
     return warning
 
 
-def example_request(args: argparse.Namespace, base_url: str) -> str:
-    """A line to paste into a shell."""
+def banner(args: argparse.Namespace) -> str:
+    """What is printed once the server answers: its URL and a line to paste into a shell."""
+    scheme = "https" if args.ssl_certfile else "http"
+    base_url = f"{scheme}://{args.host or '127.0.0.1'}:{args.port}"
     url = f"file://{args.score_clip}" if args.score_clip else "https://example.com/clip.mp4"
     content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What happens?"}]
     body = {
@@ -307,7 +310,8 @@ def example_request(args: argparse.Namespace, base_url: str) -> str:
         "retention_ratio": args.retention,
         "max_tokens": 32,
     }
-    return f"curl -s {base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    curl = f"curl -s {base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    return f"\nscore-serve: ready at {base_url}/v1 - try:\n\n{curl}\n\n"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,8 +3,10 @@
 Annotations stay real objects in this file: FastAPI reads them through vLLM's decorators.
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +75,7 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
 
 
 async def _stream_with_score(
-    events: AsyncIterator[Any], serving: ServingConfig, context: _RequestContext
+    events: AsyncIterable[Any], serving: ServingConfig, context: _RequestContext
 ) -> AsyncIterator[Any]:
     """Pass server-sent events on, one behind, so that the last chunk before ``[DONE]`` can carry the report."""
     held: Any = None
@@ -198,6 +200,20 @@ async def _verify(engine_client: Any, serving: ServingConfig) -> None:
             raise StartupError(f"worker {rank} holds another policy than the API process; start the server again")
 
 
+async def _announce(port: int, text: str) -> None:
+    """Print how to call the server once its port answers."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.2)
+            continue
+        writer.close()
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+
+
 class ScoreEndpointPlugin:
     """Entry point of ``vllm.endpoint_plugins``; see vLLM's interface of that name."""
 
@@ -233,3 +249,5 @@ class ScoreEndpointPlugin:
         if serving.stats_dir is not None:
             metrics.expose_compressor_seconds(Path(serving.stats_dir))
         state.score = serving
+        if (text := getattr(args, "score_banner", None)) is not None:
+            state.score_announcement = asyncio.create_task(_announce(args.port, text))

@@ -61,7 +61,7 @@ class RetentionRatioError(VLLMValidationError, ValueError):
     """A client's ratio is wrong: 400 with the field's name in the server, ValueError for library users."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, parameter=RATIO_KEY)
+        super().__init__(message, parameter=RATIO_KEY)  # type: ignore[call-arg]
 
 
 def grid_of(grid_thw: torch.Tensor, merge_size: int) -> VideoGrid:
@@ -316,7 +316,7 @@ def check_engine_config(config: VllmConfig) -> None:
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
-            f"SCORE does not support pipeline parallelism (--pipeline-parallel-size {parallel.pipeline_parallel_size}): "
+            f"SCORE does not support --pipeline-parallel-size {parallel.pipeline_parallel_size}: "
             "later stages would not see the positions of kept tokens; use --tensor-parallel-size"
         )
     if getattr(parallel, "enable_dbo", False):

@@ -35,6 +35,12 @@ class CompressorTimer:
             path = Path(directory) / f"compressor-{os.getpid()}.f64"
             self._cells = np.memmap(path, dtype=np.float64, mode="w+", shape=(_SIZE,))
 
+    def reset(self) -> None:
+        """Forget everything measured so far."""
+        self._pending.clear()
+        if self._cells is not None:
+            self._cells[:] = 0
+
     def _record(self, seconds: float) -> None:
         assert self._cells is not None
         self._cells[int(np.searchsorted(BUCKETS, seconds))] += 1

@@ -9,10 +9,15 @@ class ScoreWorkerExtension:
     """Mixed into vLLM's worker through ``--worker-extension-cls``."""
 
     def score_status(self) -> dict[str, Any]:
-        """The model class that this worker runs, and the digest of the policy that it holds."""
+        """The model class that this worker runs, and the digest of the policy that it holds.
+
+        Asked once, when the server is ready: the timings of the profiling run are forgotten here.
+        """
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         compressor = getattr(model, "compressor", None)
         policy = None if compressor is None else compressor.policy
+        if compressor is not None:
+            compressor.timer.reset()
         return {
             "model_class": type(model).__name__,
             "compressing": compressor is not None,

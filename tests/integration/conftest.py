@@ -11,7 +11,6 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ class Engine:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Engine]:
+def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
     """A compressed engine in fp32 with tiny prefill chunks and prefix caching."""
     pytest.importorskip("vllm")
     from vllm import LLM
@@ -82,7 +81,7 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Engine]:
     model.compressor.compress = spy_compress
     model._process_image_input = spy_image
     model.language_model.model.forward = spy_forward
-    yield made
+    return made
 
 
 def make_video(
