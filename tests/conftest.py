@@ -88,6 +88,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.fixture
+def fresh_clip(tmp_path: Path) -> Path:
+    """A clip that no other test has sent: its pixels are new in every run."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    return write_clip(tmp_path / "fresh.mp4", moving_square(24, 120, 160, seed=seed))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2.5-VL checkpoint in fp32 with the demo's recipe."""
