@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Raise when the recipe changes what is written.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 SEED = 20260323
 MODEL_FOLDER = "model"
 POLICY_FOLDER = "policy"
@@ -264,7 +264,7 @@ def build_model(
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=PIXELS),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=PIXELS),
+        video_processor=Qwen2VLVideoProcessor(size=PIXELS, cap_pixels_per_frame=False),
         chat_template=CHAT_TEMPLATE,
     )
     processor.save_pretrained(directory)

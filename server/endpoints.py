@@ -4,6 +4,7 @@ Annotations stay real objects in this file: FastAPI reads them through vLLM's de
 """
 
 import asyncio
+import binascii
 import json
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
@@ -27,6 +28,7 @@ from score_vllm.config import ServingConfig
 from score_vllm.models.adapter import RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
 from score_vllm.server import metrics
 from score_vllm.server.protocol import FIELD, ScoreChatCompletionRequest
+from score_vllm.video import VideoError
 
 CHAT_PATH = "/v1/chat/completions"
 
@@ -173,7 +175,16 @@ def _hook_renderer(renderer: Any) -> None:
     render_chat, render_cmpl = renderer.render_chat_async, renderer.render_cmpl_async
 
     async def render_chat_async(*args: Any, prompt_extras: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        conversations, prompts = await render_chat(*args, prompt_extras=inject(prompt_extras), **kwargs)
+        try:
+            conversations, prompts = await render_chat(*args, prompt_extras=inject(prompt_extras), **kwargs)
+        except VideoError as error:
+            raise VLLMValidationError(f"video_url: {error}", parameter="video_url") from error
+        except binascii.Error as error:
+            text = f"the data URL of an image or video is not valid base64: {error}"
+            raise VLLMValidationError(text, parameter="messages") from error
+        except NotImplementedError as error:
+            # Upstream answers 501 to a data URL that is not base64; the mistake is the client's.
+            raise VLLMValidationError(str(error), parameter="messages") from error
         collect(prompts)
         return conversations, prompts
 

@@ -36,7 +36,7 @@ def moving_square(num_frames: int, height: int, width: int, seed: int = 0) -> np
     """[F, H, W, 3] uint8: a bright square crossing a static noisy background."""
     rng = np.random.default_rng(seed)
     frames = np.repeat(rng.integers(0, 120, (1, height, width, 3), dtype=np.uint8), num_frames, axis=0)
-    side = max(2, min(height, width) // 4)
+    side = max(1, min(height, width) // 4)
     for i in range(num_frames):
         x = (width - side) * i // max(1, num_frames - 1)
         frames[i, height // 3 : height // 3 + side, x : x + side] = (255, 200, 40)
@@ -56,7 +56,7 @@ def write_clip(path: Path, frames: np.ndarray, fps: int = 8, codec: str = "mpeg4
             return path
         stream = container.add_stream(codec, rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuvj444p" if codec == "mjpeg" else "yuv420p"
         stream.gop_size = 12
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -73,6 +73,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "plain": plain,
         "odd": write_clip(folder / "odd.mkv", moving_square(33, 98, 130, seed=1), codec="mpeg4"),
         "one_frame": write_clip(folder / "one_frame.mp4", moving_square(1, 64, 64)),
+        "one_pixel_wide": write_clip(folder / "one_pixel_wide.avi", moving_square(8, 48, 1), codec="mjpeg"),
         "thin": write_clip(folder / "thin.avi", moving_square(8, 480, 2)),
         "audio": write_clip(folder / "audio.mp4", np.empty((0, 2, 2, 3), np.uint8), audio=True),
     }

@@ -191,7 +191,13 @@ class CompressionProcessorMixin:
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """Run the family's processor without our key, then fix K once, for every later use."""
         ratios, clean = _split_ratios(hf_kwargs)
-        data = super()._apply_hf_processor_main(mm_items, clean)  # type: ignore[misc]
+        try:
+            data = super()._apply_hf_processor_main(mm_items, clean)  # type: ignore[misc]
+        except ValueError as error:
+            # vLLM's message prints every pixel; its cause says what was wrong.
+            if self.serving is None or error.__cause__ is None:
+                raise
+            raise ValueError(f"the model's processor refused a video or image: {error.__cause__}") from error
         if self.serving is not None and "video_grid_thw" in data:
             grids = [grid_of(thw, self._merge_size) for thw in data["video_grid_thw"]]
             kept = [num_retained_tokens(g.num_tokens, r) for g, r in zip(grids, ratios, strict=True)]

@@ -95,7 +95,7 @@ def test_every_shared_video(name: str, server: Server, shared_videos: Path, cach
     assert len(set(prompt_tokens.values())) == 1, "only the video's tokens may differ between ratios"
 
 
-@pytest.mark.parametrize("name", ["plain", "odd", "one_frame"])
+@pytest.mark.parametrize("name", ["plain", "odd", "one_frame", "one_pixel_wide"])
 def test_clips_made_here(name: str, server: Server, clips: dict[str, Path]) -> None:
     for ratio in RATIOS:
         check_counts(chat(server, ask(data_url(clips[name])), retention_ratio=ratio), ratio)
@@ -181,7 +181,7 @@ def test_broken_video_is_a_400(name: str, server: Server, clips: dict[str, Path]
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, ask(data_url(clips[name])), retention_ratio=0.5)
     message = caught.value.response.json()["error"]["message"]
-    assert len(message) > 20
+    assert 20 < len(message) < 400
     assert str(Path.home()) not in message
     check_counts(chat(server, ask(data_url(clips["plain"])), retention_ratio=0.5), 0.5)
 
@@ -207,7 +207,7 @@ def test_bad_url_is_a_4xx(url: str, server: Server, clips: dict[str, Path]) -> N
     status, answer = post(
         server, "/v1/chat/completions", {"model": "demo", "messages": ask(url), "retention_ratio": 0.5}
     )
-    assert 400 <= status < 500 or status == 501, answer
+    assert 400 <= status < 500, answer
     assert answer["error"]["message"]
     assert status == answer["error"]["code"]
 

@@ -71,7 +71,7 @@ def main() -> None:
         for ratio in (0.4, 0.1):
             asked = [{**p, "mm_processor_kwargs": {"retention_ratio": ratio}} for p in prompts]
             result[str(ratio)] = [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
-    print("RESULT " + json.dumps(result), flush=True)
+    print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
