@@ -135,13 +135,10 @@ def decode_video(
     limits = limits or DecodeLimits()
     check_size(data, limits)
     deadline = _Deadline(limits.deadline)
-    source = _TimedBytes(data, deadline)
     try:
-        with _open(source) as container:
-            stream = _video_stream(container, limits)
-            index = _FrameIndex(container, stream, limits, deadline)
-            wanted = sample_frame_indices(len(index.order), index.fps, fps, max_frames)
-            frames, valid = _read_frames(container, stream, index, wanted, limits, deadline)
+        index = _index(data, limits, deadline)
+        wanted = sample_frame_indices(len(index.order), index.fps, fps, max_frames)
+        frames, valid = _read_frames(data, index, wanted, limits, deadline)
     except av.FFmpegError as error:
         raise VideoError(f"the file is not a video that can be decoded: {error}") from error
     return DecodedVideo(frames, valid, len(index.order), index.fps, index.duration)
@@ -166,12 +163,15 @@ def probe_video(data: bytes, limits: DecodeLimits) -> None:
         VideoError: as :func:`decode_video`.
     """
     check_size(data, limits)
-    deadline = _Deadline(limits.deadline)
     try:
-        with _open(_TimedBytes(data, deadline)) as container:
-            _FrameIndex(container, _video_stream(container, limits), limits, deadline)
+        _index(data, limits, _Deadline(limits.deadline))
     except av.FFmpegError as error:
         raise VideoError(f"the file is not a video that can be decoded: {error}") from error
+
+
+def _index(data: bytes, limits: DecodeLimits, deadline: _Deadline) -> _FrameIndex:
+    with _open(_TimedBytes(data, deadline)) as container:
+        return _FrameIndex(container, _video_stream(container, limits), limits, deadline)
 
 
 def _open(source: io.BytesIO) -> Any:
@@ -264,70 +264,86 @@ def _decode(container: Any, stream: Any, deadline: _Deadline) -> Iterator[Any]:
             continue
 
 
-def _read_frames(
-    container: Any, stream: Any, index: _FrameIndex, wanted: list[int], limits: DecodeLimits, deadline: _Deadline
-) -> tuple[np.ndarray, list[int]]:
-    out: np.ndarray | None = None
-    valid: list[int] = []
+class _Collector:
+    """Room for the sampled frames, made when the first one shows its size."""
 
-    def keep(position: int, frame: Any) -> None:
-        nonlocal out
-        picture = _upright_rgb(frame, limits)
-        if out is None:
-            if picture.nbytes * len(wanted) > limits.max_output_bytes:
+    def __init__(self, wanted: int, limits: DecodeLimits) -> None:
+        self._wanted = wanted
+        self._limits = limits
+        self.frames: np.ndarray | None = None
+        self.indices: list[int] = []
+
+    def add(self, index: int, frame: Any) -> None:
+        picture = _upright_rgb(frame, self._limits)
+        if self.frames is None:
+            if picture.nbytes * self._wanted > self._limits.max_output_bytes:
                 raise VideoError(
-                    f"{len(wanted)} frames of {picture.shape[1]}x{picture.shape[0]} pixels are more than "
-                    f"max_output_bytes = {limits.max_output_bytes}; ask for fewer frames"
+                    f"{self._wanted} frames of {picture.shape[1]}x{picture.shape[0]} pixels are more than "
+                    f"max_output_bytes = {self._limits.max_output_bytes}; ask for fewer frames"
                 )
-            out = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
-        if picture.shape == out.shape[1:]:
-            out[len(valid)] = picture
-            valid.append(position)
+            self.frames = np.empty((self._wanted, *picture.shape), dtype=np.uint8)
+        if picture.shape == self.frames.shape[1:]:
+            self.frames[len(self.indices)] = picture
+            self.indices.append(index)
 
-    if index.seekable:
-        _read_by_time(container, stream, index, wanted, keep, deadline)
-    else:
-        _rewind(container, stream)
-        targets = set(wanted)
-        for position, frame in enumerate(_decode(container, stream, deadline)):
-            if position in targets:
-                keep(position, frame)
-            if position >= wanted[-1]:
-                break
-    if out is None:
+    def clear(self) -> None:
+        self.indices.clear()
+
+
+def _read_frames(
+    data: bytes, index: _FrameIndex, wanted: list[int], limits: DecodeLimits, deadline: _Deadline
+) -> tuple[np.ndarray, list[int]]:
+    out = _Collector(len(wanted), limits)
+    if not (index.seekable and _read_by_seeking(data, index, wanted, out, limits, deadline)):
+        out.clear()
+        _read_in_order(data, index, wanted, out, limits, deadline)
+    if out.frames is None or not out.indices:
         raise VideoError("no frame of the video could be decoded")
-    return out[: len(valid)], valid
+    return out.frames[: len(out.indices)], out.indices
 
 
-def _rewind(container: Any, stream: Any) -> None:
-    container.seek(stream.start_time or 0, stream=stream, backward=True)
-
-
-def _read_by_time(
-    container: Any, stream: Any, index: _FrameIndex, wanted: list[int], keep: Any, deadline: _Deadline
+def _read_in_order(
+    data: bytes, index: _FrameIndex, wanted: list[int], out: _Collector, limits: DecodeLimits, deadline: _Deadline
 ) -> None:
-    """Walk the targets in order; jump when a key frame lies between here and the next target."""
+    """Decode from the start; frames are known by their time stamp, or counted where stamps cannot be trusted."""
+    targets = {index.order[i]: i for i in wanted}
+    with _open(_TimedBytes(data, deadline)) as container:
+        stream = _video_stream(container, limits)
+        for count, frame in enumerate(_decode(container, stream, deadline)):
+            position = targets.get(frame.pts if index.seekable else count)
+            if position is not None:
+                out.add(position, frame)
+                if len(out.indices) == len(wanted):
+                    return
+
+
+def _read_by_seeking(
+    data: bytes, index: _FrameIndex, wanted: list[int], out: _Collector, limits: DecodeLimits, deadline: _Deadline
+) -> bool:
+    """Walk the targets in order and jump where a key frame lies ahead; False where a jump landed too late.
+
+    Containers differ in what they seek by (decode time, byte position), so every landing is checked.
+    """
     keyframes = np.asarray(index.keyframes, dtype=np.int64)
-    frames: Iterator[Any] = iter(())
-    here: int | None = None
-    held: Any = None
-    for position in wanted:
-        target = index.order[position]
-        at = int(np.searchsorted(keyframes, target, side="right")) - 1
-        key = int(keyframes[at]) if at >= 0 else index.order[0]
-        if here is None or (key > here and here < target):
-            container.seek(key, stream=stream, backward=True)
-            frames = _decode(container, stream, deadline)
-            here, held = None, None
-        while here is None or here < target:
-            held = next(frames, None)
-            if held is None or held.pts is None:
-                break
-            here = held.pts
-        if held is None or held.pts is None:
-            continue
-        if here == target:
-            keep(position, held)
+    with _open(_TimedBytes(data, deadline)) as container:
+        stream = _video_stream(container, limits)
+        frames = _decode(container, stream, deadline)
+        here: int | None = None
+        for position in wanted:
+            target = index.order[position]
+            at = int(np.searchsorted(keyframes, target, side="right")) - 1
+            if at > 0 and (here is None or keyframes[at] > here):
+                try:
+                    container.seek(int(keyframes[at]), stream=stream, backward=True)
+                except av.FFmpegError:
+                    return False
+                frames = _decode(container, stream, deadline)
+            frame = next((f for f in frames if f.pts is not None and f.pts >= target), None)
+            if frame is None or frame.pts != target:
+                return False
+            here = target
+            out.add(position, frame)
+    return True
 
 
 def _upright_rgb(frame: Any, limits: DecodeLimits) -> np.ndarray:

@@ -185,7 +185,8 @@ def read_model_config(args: argparse.Namespace) -> tuple[str, int]:
     try:
         config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     except Exception as error:  # whatever the hub, the disk or the file made of it
-        raise UsageError(f"--model: cannot read the configuration of {args.model!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--model: cannot read the configuration of {args.model!r}: {reason}") from error
     architecture = (config.architectures or ["none"])[0]
     if architecture not in plugin.ARCHITECTURES:
         known = ", ".join(plugin.ARCHITECTURES)
