@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
-from vllm.multimodal.media.image import ImageMediaIO  # noqa: E402
-from vllm.multimodal.media.video import VideoMediaIO  # noqa: E402
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY  # noqa: E402
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-from score_vllm import RetentionPolicy  # noqa: E402
-from score_vllm.models import video_loaders  # noqa: E402
-from score_vllm.models.adapter import check_engine_config, load_policy  # noqa: E402
-from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram  # noqa: E402
-from score_vllm.server import endpoints  # noqa: E402
-from score_vllm.video import VideoError  # noqa: E402
+from score_vllm import RetentionPolicy
+from score_vllm.models import video_loaders
+from score_vllm.models.adapter import check_engine_config, load_policy
+from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram
+from score_vllm.server import endpoints
+from score_vllm.video import VideoError
 
 
 def engine_config(**changes: Any) -> Any:
