@@ -16,6 +16,7 @@ from score_vllm import methods, plugin
 from score_vllm.budget import check_retention_ratio
 from score_vllm.config import ServingConfig
 from score_vllm.demo import ensure_demo, ensure_demo_clip
+from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
@@ -292,7 +293,7 @@ def configure(args: argparse.Namespace) -> str | None:
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
-    args.worker_extension_cls = "score_vllm.models.worker.ScoreWorkerExtension"
+    args.worker_extension_cls = WORKER_EXTENSION
     apply_media_options(args)
     args.score_clip = model.demo_clip
     args.score_banner = banner(args) if args.uds is None else None

@@ -26,6 +26,7 @@ from vllm.exceptions import VLLMValidationError
 from score_vllm import plugin
 from score_vllm.config import ServingConfig
 from score_vllm.models.adapter import RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
+from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import metrics
 from score_vllm.server.protocol import FIELD, ScoreChatCompletionRequest
 from score_vllm.video import VideoError
@@ -202,6 +203,8 @@ async def _verify(engine_client: Any, serving: ServingConfig) -> None:
         raise StartupError("the score plug-in did not load in the API process; see the log above for its error")
     if not isinstance(engine_client.renderer.get_mm_processor(), CompressionProcessorMixin):
         raise StartupError("the model's processor is vLLM's own, not SCORE's: videos would not be compressed")
+    if engine_client.vllm_config.parallel_config.worker_extension_cls != WORKER_EXTENSION:
+        raise StartupError(f"workers cannot be checked; start with --worker-extension-cls {WORKER_EXTENSION}")
     for rank, status in enumerate(await engine_client.collective_rpc("score_status")):
         if not status["compressing"]:
             raise StartupError(

@@ -24,3 +24,6 @@ class ScoreWorkerExtension:
             "method": None if compressor is None else compressor.serving.method,
             "policy_digest": "" if policy is None else policy.digest(),
         }
+
+
+WORKER_EXTENSION = f"{ScoreWorkerExtension.__module__}.{ScoreWorkerExtension.__qualname__}"

@@ -275,3 +275,39 @@ def test_absurd_duration_is_refused_before_the_engine(engine: Engine) -> None:
     video = make_video(8, 56, 56, seed=9100, seconds_per_cell=1e6)
     with pytest.raises(ValueError, match="positions"):
         generate(engine, f"{VIDEO}?", [video], ratio=0.5, num_tokens=1)
+
+
+@pytest.mark.parametrize("size", [(84, 112), (100, 150)])
+def test_vision_features_equal_transformers(
+    size: tuple[int, int], engine: Engine, reference: Any, tiny_model: Path
+) -> None:
+    """From the same frames, resized or not, both preprocessors and towers give the same tokens (3e-6 apart here)."""
+    from transformers import AutoProcessor
+
+    frames, metadata = make_video(16, *size, seed=9200)
+    engine.clear()
+    generate(engine, f"{VIDEO}?", [(frames, metadata)], ratio=0.5, num_tokens=1)
+    processor = AutoProcessor.from_pretrained(tiny_model).video_processor
+    inputs = processor([torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt")
+    with torch.no_grad():
+        out = reference.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
+    torch.testing.assert_close(engine.compressed[0][0], out.pooler_output, atol=1e-4, rtol=0)
+
+
+def test_positions_where_vllm_and_transformers_differ(reference: Any, engine: Engine) -> None:
+    """transformers 5.19 lets text follow a video after max(h, w) positions, whatever its duration; vLLM goes on after
+    the largest position. We follow vLLM; this test tells when transformers changes its mind."""
+    from score_vllm.positions import VisualSpan, prompt_positions
+    from score_vllm.types import VideoGrid
+
+    config = reference.config
+    for cells, agree in ((3, True), (12, False)):
+        ids = torch.tensor([[1, *[config.video_token_id] * (cells * 12), 2]])
+        kinds = torch.tensor([[0, *[2] * (cells * 12), 0]])
+        theirs, _ = reference.model.get_rope_index(
+            ids, kinds, video_grid_thw=torch.tensor([[cells, 6, 8]]), second_per_grid_ts=torch.tensor([0.5])
+        )
+        span = VisualSpan(1, cells * 12, VideoGrid(cells, 3, 4), 1.0, offsets_travel=False)
+        ours, _ = prompt_positions(ids.shape[1], [span])
+        assert np.array_equal(ours[:, :-1], theirs[:, 0, :-1].numpy())
+        assert (ours[0, -1] == theirs[0, 0, -1].item()) == agree
