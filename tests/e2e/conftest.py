@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 API_KEY = "test-key"
+ROOT = Path(__file__).resolve().parents[2]
 SCORE_SERVE = Path(sys.executable).parent / "score-serve"
 
 
