@@ -25,7 +25,7 @@ from vllm.exceptions import VLLMValidationError
 
 from score_vllm import plugin
 from score_vllm.config import ServingConfig
-from score_vllm.models.adapter import RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
+from score_vllm.models.processing import RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import metrics
 from score_vllm.server.protocol import FIELD, ScoreChatCompletionRequest

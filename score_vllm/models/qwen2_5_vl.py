@@ -15,12 +15,8 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.models import video_loaders  # noqa: F401  (registers the loaders where requests are processed)
-from score_vllm.models.adapter import (
-    NUM_RETAINED_KEY,
-    CompressionModelMixin,
-    CompressionProcessorMixin,
-    grid_of,
-)
+from score_vllm.models.adapter import CompressionModelMixin
+from score_vllm.models.processing import NUM_RETAINED_KEY, CompressionProcessorMixin, grid_of
 
 
 class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalProcessor):

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from score_vllm import RetentionPolicy
-from score_vllm.server import cli
+from score_vllm.server import cli, options
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def _demo_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 def configure(parser: Any, *argv: str) -> tuple[argparse.Namespace, str | None]:
     args = parser.parse_args(list(argv))
-    return args, cli.configure(args)
+    return args, options.configure(args)
 
 
 def test_demo(parser: Any) -> None:
@@ -48,11 +48,11 @@ def test_defaults_are_the_documented_ones(parser: Any) -> None:
 
 @pytest.mark.parametrize("size", ["3B", "7B", "32B", "72B"])
 def test_short_names(size: str) -> None:
-    model = cli.resolve_model(f"Qwen2.5-VL-{size}")
+    model = options.resolve_model(f"Qwen2.5-VL-{size}")
     assert model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
     assert model.served_names == [f"Qwen2.5-VL-{size}", model.path]
-    with pytest.raises(cli.UsageError, match="did you mean"):
-        cli.resolve_model(f"qwen2.5-vl-{size}")
+    with pytest.raises(options.UsageError, match="did you mean"):
+        options.resolve_model(f"qwen2.5-vl-{size}")
 
 
 def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
@@ -80,7 +80,7 @@ def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
 
 def test_a_model_without_policy_warns_and_names_the_trainer(parser: Any, tiny_model: Path) -> None:
     args, warning = configure(parser, "--model", str(tiny_model))
-    assert args.hf_overrides["score"]["method"] == cli.TRAINING_FREE_METHOD
+    assert args.hf_overrides["score"]["method"] == options.TRAINING_FREE_METHOD
     assert warning is not None
     assert "python -m score_vllm.train" in warning
     assert args.served_model_name == [str(tiny_model)]
@@ -95,7 +95,7 @@ def test_other_overrides_survive(parser: Any, tiny_model: Path, tiny_policy: Pat
 
 
 def refused(parser: Any, *argv: str) -> str:
-    with pytest.raises(cli.UsageError) as caught:
+    with pytest.raises(options.UsageError) as caught:
         configure(parser, *argv)
     message = str(caught.value)
     assert "\n" not in message.strip()
@@ -168,17 +168,17 @@ def test_bad_values(parser: Any, argv: tuple[str, ...], message: str, capsys: py
 
 def test_setting_the_allow_list_keeps_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    cli.check_plugins()
-    names = set(cli.os.environ["VLLM_PLUGINS"].split(","))
+    options.check_plugins()
+    names = set(options.os.environ["VLLM_PLUGINS"].split(","))
     assert "score" in names
-    for group in cli.DEFAULT_ON_GROUPS:
-        assert {point.name for point in cli.entry_points(group=group)} <= names
+    for group in options.DEFAULT_ON_GROUPS:
+        assert {point.name for point in options.entry_points(group=group)} <= names
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    cli.check_plugins()
-    assert cli.os.environ["VLLM_PLUGINS"] == "other,score"
+    options.check_plugins()
+    assert options.os.environ["VLLM_PLUGINS"] == "other,score"
 
 
 def test_a_missing_entry_point_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
-    with pytest.raises(cli.UsageError, match="is missing"):
-        cli.check_plugins()
+    monkeypatch.setattr(options, "entry_points", lambda **_: [])
+    with pytest.raises(options.UsageError, match="is missing"):
+        options.check_plugins()
