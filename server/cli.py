@@ -48,6 +48,13 @@ def build_parser() -> Any:
         help=f"selection method (default: score where a policy is there, else {TRAINING_FREE_METHOD})",
     )
     group.add_argument(
+        "--allow-methods",
+        type=_method_names,
+        default=(),
+        metavar="NAMES",
+        help="methods, with commas between, that a request may choose by retention_method (default: none)",
+    )
+    group.add_argument(
         "--policy",
         default=None,
         metavar="DIR",
@@ -81,6 +88,13 @@ def _ratio(text: str) -> float:
         return check_retention_ratio(float(text), "--retention")
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}") from None
+
+
+def _method_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in methods.names()]:
+        raise argparse.ArgumentTypeError(f"must be names out of {methods.names()}, got {unknown}")
+    return names
 
 
 def _positive_int(text: str) -> int:

@@ -25,10 +25,10 @@ from vllm.exceptions import VLLMValidationError
 
 from score_vllm import plugin
 from score_vllm.config import ServingConfig
-from score_vllm.models.processing import RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
+from score_vllm.models.processing import METHOD_KEY, RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import metrics
-from score_vllm.server.protocol import FIELD, ScoreChatCompletionRequest
+from score_vllm.server.protocol import FIELD, METHOD_FIELD, ScoreChatCompletionRequest
 from score_vllm.video import VideoError
 
 CHAT_PATH = "/v1/chat/completions"
@@ -43,6 +43,7 @@ class _RequestContext:
     """Travels with one chat request from the route down to the renderer and back."""
 
     ratio: float | list[float] | None
+    method: str | None = None
     reports: list[VideoReport] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ _current: ContextVar[_RequestContext | None] = ContextVar("score_request", defau
 
 def _score_object(serving: ServingConfig, context: _RequestContext) -> dict[str, Any]:
     return {
-        "method": serving.method,
+        "method": context.method or serving.method,
         "retention_ratio": serving.retention_ratio if context.ratio is None else context.ratio,
         "videos": [report.to_json() for report in context.reports],
     }
@@ -61,10 +62,16 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
     """vLLM's own chat handler, with our field taken in and our report put out."""
     serving: ServingConfig | None = raw_request.app.state.score
     if serving is None:
-        if request.retention_ratio is not None:
-            raise VLLMValidationError(f"{FIELD} was given, but this server runs without SCORE", parameter=FIELD)
+        for name in (FIELD, METHOD_FIELD):
+            if getattr(request, name) is not None:
+                raise VLLMValidationError(f"{name} was given, but this server runs without SCORE", parameter=name)
         return await upstream.create_chat_completion(request, raw_request)
-    context = _RequestContext(request.retention_ratio)
+    if request.retention_method not in (None, *serving.methods):
+        raise VLLMValidationError(
+            f"{METHOD_FIELD} must be one of {list(serving.methods)} on this server, got {request.retention_method!r}",
+            parameter=METHOD_FIELD,
+        )
+    context = _RequestContext(request.retention_ratio, request.retention_method)
     _current.set(context)  # each request has a context of its own
     response = await upstream.create_chat_completion(request, raw_request)
     if isinstance(response, StreamingResponse):
@@ -125,9 +132,9 @@ class RefuseRetentionRatioElsewhere:
             body += message.get("body", b"")
             if message["type"] != "http.request" or not message.get("more_body", False):
                 break
-        if _names_field(body):
-            text = f"{FIELD} is supported on {CHAT_PATH} only, not on {scope['path']}"
-            error = create_error_response(VLLMValidationError(text, parameter=FIELD))
+        if (named := _named_field(body)) is not None:
+            text = f"{named} is supported on {CHAT_PATH} only, not on {scope['path']}"
+            error = create_error_response(VLLMValidationError(text, parameter=named))
             await JSONResponse(error.model_dump(), status_code=error.error.code)(scope, receive, send)
             return
         replay = iter(messages)
@@ -138,15 +145,16 @@ class RefuseRetentionRatioElsewhere:
         await self.app(scope, replayed, send)
 
 
-def _names_field(body: bytes) -> bool:
+def _named_field(body: bytes) -> str | None:
     # A cheap look first: bodies can hold whole videos. An escaped key needs a backslash-u.
-    if FIELD.encode() not in body and b"\\u" not in body:
-        return False
+    fields = (FIELD, METHOD_FIELD)
+    if not any(name.encode() in body for name in fields) and b"\\u" not in body:
+        return None
     try:
         parsed = json.loads(body)
     except ValueError:
-        return False
-    return isinstance(parsed, dict) and FIELD in parsed
+        return None
+    return next((name for name in fields if name in parsed), None) if isinstance(parsed, dict) else None
 
 
 def _hook_renderer(renderer: Any) -> None:
@@ -154,10 +162,14 @@ def _hook_renderer(renderer: Any) -> None:
 
     def inject(extras: dict[str, Any] | None) -> dict[str, Any] | None:
         context = _current.get()
-        if context is None or context.ratio is None:
+        if context is None:
+            return extras
+        asked = {RATIO_KEY: context.ratio, METHOD_KEY: context.method}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        if not asked:
             return extras
         extras = dict(extras or {})
-        extras["mm_processor_kwargs"] = {**(extras.get("mm_processor_kwargs") or {}), RATIO_KEY: context.ratio}
+        extras["mm_processor_kwargs"] = {**(extras.get("mm_processor_kwargs") or {}), **asked}
         return extras
 
     def collect(engine_inputs: Iterable[Any]) -> None:

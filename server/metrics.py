@@ -27,7 +27,7 @@ def count_videos(reports: Iterable[VideoReport]) -> None:
         _videos.inc()
         _tokens.labels("original").inc(report.original_tokens)
         _tokens.labels("retained").inc(report.retained_tokens)
-        _ratios.observe(report.retention_ratio)
+        _ratios.observe(report.spec.retention_ratio)
 
 
 class CompressorSecondsCollector(Collector):

@@ -57,18 +57,18 @@ def resolve_model(name: str) -> ResolvedModel:
     return ResolvedModel(name, [name])
 
 
-def choose_method(method: str | None, policy: str | None) -> tuple[str, str | None]:
+def choose_method(method: str | None, policy: str | None, allowed: tuple[str, ...] = ()) -> tuple[str, str | None]:
     """Which method runs; ``(method, warning)``.
 
     Raises:
-        UsageError: ``score`` was asked for by name and there is no policy, or a policy and another method.
+        UsageError: ``score`` was asked for by name and there is no policy, or a policy that no method uses.
     """
     if policy is not None:
-        if method not in (None, "score"):
+        if "score" not in (method or "score", *allowed):
             raise UsageError(f"--policy belongs to --method score, but --method {method} was given; drop one of them")
-        return "score", None
-    if method == "score":
-        raise UsageError(f"--method score needs --policy DIR; train one with: {TRAIN_COMMAND}")
+        return method or "score", None
+    if "score" in (method, *allowed):
+        raise UsageError(f"method score needs --policy DIR; train one with: {TRAIN_COMMAND}")
     if method is not None:
         return method, None
     return TRAINING_FREE_METHOD, (
@@ -200,15 +200,15 @@ def configure(args: argparse.Namespace) -> str | None:
     if model.demo_clip is not None:
         apply_demo_defaults(args, model)
     policy = args.policy
-    if policy is None and args.method in (None, "score"):
+    if policy is None and (args.method in (None, "score") or "score" in args.allow_methods):
         policy = model.demo_policy
-    method, warning = choose_method(args.method, policy)
+    method, warning = choose_method(args.method, policy, args.allow_methods)
     _, hidden_size = read_model_config(args)
     digest = ""
     if policy is not None:
         policy, digest = check_policy(policy, hidden_size)
     stats = tempfile.mkdtemp(prefix="score-stats-")
-    serving = ServingConfig(args.retention, method, policy, digest, stats)
+    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest, stats)
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}

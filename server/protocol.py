@@ -9,6 +9,7 @@ from vllm.exceptions import VLLMValidationError
 from score_vllm.budget import check_retention_ratio
 
 FIELD = "retention_ratio"
+METHOD_FIELD = "retention_method"
 
 
 def parse_retention_ratio(value: Any) -> float | list[float] | None:
@@ -36,6 +37,17 @@ RetentionRatio = Annotated[
 ]
 
 
+def parse_retention_method(value: Any) -> str | None:
+    """A method's name; which ones are allowed is the server's business, checked with the request.
+
+    Raises:
+        VLLMValidationError: not a string.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise VLLMValidationError(f"retention_method must be the name of a method, got {value!r}", parameter=METHOD_FIELD)
+
+
 class ScoreChatCompletionRequest(ChatCompletionRequest):
     """vLLM's chat request with our field beside OpenAI's."""
 
@@ -45,4 +57,8 @@ class ScoreChatCompletionRequest(ChatCompletionRequest):
             "Fraction of each video's visual tokens that reaches the language model, in (0, 1]; "
             "a list gives one per video. Absent: the server's default."
         ),
+    )
+    retention_method: Annotated[str | None, BeforeValidator(parse_retention_method)] = Field(
+        default=None,
+        description="Selection method, among those that the operator allows. Absent: the server's default.",
     )

@@ -61,7 +61,8 @@ class VideoCompressor:
         self.hidden_size = hidden_size
         # One worker per tensor-parallel group keeps the time, or every video would count several times.
         self.timer = CompressorTimer(serving.stats_dir if get_tensor_model_parallel_rank() == 0 else None)
-        methods.get(serving.method)
+        for name in serving.methods:
+            methods.get(name)
         self.policy: RetentionPolicy | None = None
         if serving.policy is not None:
             self.policy = load_policy(serving.policy, hidden_size)
@@ -70,7 +71,9 @@ class VideoCompressor:
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
                 )
 
-    def compress(self, x: torch.Tensor, grid: VideoGrid, t_factor: float, num_retained: int) -> torch.Tensor:
+    def compress(
+        self, x: torch.Tensor, grid: VideoGrid, t_factor: float, num_retained: int, method: str
+    ) -> torch.Tensor:
         """Keep K tokens of a video and append their position channels.
 
         Args:
@@ -78,6 +81,7 @@ class VideoCompressor:
             grid: T, rows, columns.
             t_factor: positions per temporal cell.
             num_retained: K.
+            method: one of the serving configuration's methods.
 
         Returns:
             [K, D + 9] in the dtype of ``x``.
@@ -86,7 +90,7 @@ class VideoCompressor:
             if self.policy is not None:
                 self.policy.to(x.device)
             video = x.view(grid.t, grid.tokens_per_frame, x.shape[-1])
-            kept, _ = select_retained(video, num_retained, self.serving.method, policy=self.policy)
+            kept, _ = select_retained(video, num_retained, method, policy=self.policy)
             offsets = video_offsets(grid, t_factor).to(x.device, non_blocking=True)[kept.indices]
             return torch.cat([kept.embeddings, pack_offsets(offsets, x.dtype)], dim=1)
 

@@ -18,19 +18,34 @@ from score_vllm.config import ServingConfig
 from score_vllm.positions import position_extent
 from score_vllm.types import VideoGrid
 
+# What a request may say, among vLLM's ``mm_processor_kwargs``.
 RATIO_KEY = "retention_ratio"
+METHOD_KEY = "retention_method"
+# The same, resolved to one spec per video, on its way through the processor. It goes no further: vLLM would load a
+# Hugging Face processor for every distinct value.
+SPECS_KEY = "score_specs"
+# Per video, on its way to the worker: K, and the method as an index into ``ServingConfig.methods``.
 NUM_RETAINED_KEY = "score_num_retained"
+METHOD_INDEX_KEY = "score_method_index"
 REPORT_KEY = "score"
 
 # Rotary tables of vLLM's M-RoPE models hold this many times max_position_embeddings.
 _ROTARY_TABLE_FACTOR = 4
 
 
-class RetentionRatioError(VLLMValidationError, ValueError):
-    """A client's ratio is wrong: 400 with the field's name in the server, ValueError for library users."""
+class RetentionFieldError(VLLMValidationError, ValueError):
+    """A client's ratio or method is wrong: 400 with the field's name in the server, ValueError for library users."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, parameter=RATIO_KEY)  # type: ignore[call-arg]
+    def __init__(self, message: str, field: str = RATIO_KEY) -> None:
+        super().__init__(message, parameter=field)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """What one video is compressed by."""
+
+    retention_ratio: float
+    method: str
 
 
 def grid_of(grid_thw: torch.Tensor, merge_size: int) -> VideoGrid:
@@ -46,7 +61,7 @@ class VideoReport:
     grid: VideoGrid
     original_tokens: int
     retained_tokens: int
-    retention_ratio: float
+    spec: VideoSpec
     position_extent: int
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +70,7 @@ class VideoReport:
             "grid": [self.grid.t, self.grid.h, self.grid.w],
             "original_tokens": self.original_tokens,
             "retained_tokens": self.retained_tokens,
-            "retention_ratio": self.retention_ratio,
+            "retention_ratio": self.spec.retention_ratio,
         }
 
 
@@ -82,25 +97,25 @@ class CompressionProcessorMixin:
         self._tokens_per_second = float(getattr(config.vision_config, "tokens_per_second", 1.0))
         self._max_position = info.ctx.model_config.hf_text_config.max_position_embeddings * _ROTARY_TABLE_FACTOR
 
-    def _resolve_ratios(self, inputs: Any) -> tuple[float, ...]:
-        """One ratio per video of the request; the server's default where it names none."""
+    def _resolve_specs(self, inputs: Any) -> tuple[VideoSpec, ...]:
+        """One spec per video of the request; the server's defaults where it names none."""
         assert self.serving is not None
         videos = inputs.mm_data_items.get("video")
         count = len(videos) if videos is not None else 0
-        asked = inputs.hf_processor_mm_kwargs.get(RATIO_KEY)
+        asked = inputs.hf_processor_mm_kwargs
+        method = self._resolve_method(asked.get(METHOD_KEY))
+        ratios = resolve_ratios(asked.get(RATIO_KEY), count, self.serving.retention_ratio)
+        return tuple(VideoSpec(ratio, method) for ratio in ratios)
+
+    def _resolve_method(self, asked: Any) -> str:
+        assert self.serving is not None
         if asked is None:
-            return (self.serving.retention_ratio,) * count
-        try:
-            if isinstance(asked, Sequence) and not isinstance(asked, str):
-                if len(asked) != count:
-                    raise ValueError(
-                        f"{RATIO_KEY} must be one number or a list with one number in (0, 1] per video; "
-                        f"got {len(asked)} for {count} video(s)"
-                    )
-                return tuple(check_retention_ratio(r, f"{RATIO_KEY}[{i}]") for i, r in enumerate(asked))
-            return (check_retention_ratio(asked),) * count
-        except (TypeError, ValueError) as error:
-            raise RetentionRatioError(str(error)) from error
+            return self.serving.method
+        if asked not in self.serving.methods:
+            raise RetentionFieldError(
+                f"{METHOD_KEY} must be one of {list(self.serving.methods)} on this server, got {asked!r}", METHOD_KEY
+            )
+        return asked
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Profile memory with nothing dropped: a request may ask for ratio 1."""
@@ -112,10 +127,12 @@ class CompressionProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """vLLM's door; adds a ``score`` report of the videos to the result."""
         if self.serving is None:
-            if RATIO_KEY in inputs.hf_processor_mm_kwargs:
-                raise RetentionRatioError(f"{RATIO_KEY} was given, but this engine runs without SCORE compression")
+            for key in (RATIO_KEY, METHOD_KEY):
+                if key in inputs.hf_processor_mm_kwargs:
+                    raise RetentionFieldError(f"{key} was given, but this engine runs without SCORE compression", key)
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        kwargs = {**inputs.hf_processor_mm_kwargs, RATIO_KEY: self._resolve_ratios(inputs)}
+        kwargs = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k not in (RATIO_KEY, METHOD_KEY)}
+        kwargs[SPECS_KEY] = self._resolve_specs(inputs)
         reports: list[VideoReport] = []
         token = _reports.set(reports)
         try:
@@ -139,13 +156,15 @@ class CompressionProcessorMixin:
         """Ratio, method and policy become part of each video's identity; images keep theirs."""
         if self.serving is None:
             return super()._get_mm_hashes(inputs)  # type: ignore[misc]
-        ratios, clean = _split_ratios(inputs.hf_processor_mm_kwargs)
+        specs, clean = _split_specs(inputs.hf_processor_mm_kwargs)
         hashes = dict(super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=clean)))  # type: ignore[misc]
         if "video" in hashes:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
             hashes["video"] = [
-                MultiModalHasher.hash_kwargs(algorithm, mm_hash=digest, score=self.serving.cache_key(ratio))
-                for digest, ratio in zip(hashes["video"], ratios, strict=True)
+                MultiModalHasher.hash_kwargs(
+                    algorithm, mm_hash=digest, score=self.serving.cache_key(spec.retention_ratio, spec.method)
+                )
+                for digest, spec in zip(hashes["video"], specs, strict=True)
             ]
         return hashes
 
@@ -153,13 +172,13 @@ class CompressionProcessorMixin:
         kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
         if self.serving is None or "video" not in mm_is_cached:
             return kwargs
-        ratios, clean = _split_ratios(kwargs)
-        missing = tuple(r for r, hit in zip(ratios, mm_is_cached["video"], strict=True) if not hit)
-        return {**clean, RATIO_KEY: missing}
+        specs, clean = _split_specs(kwargs)
+        missing = tuple(spec for spec, hit in zip(specs, mm_is_cached["video"], strict=True) if not hit)
+        return {**clean, SPECS_KEY: missing}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """Run the family's processor without our key, then fix K once, for every later use."""
-        ratios, clean = _split_ratios(hf_kwargs)
+        specs, clean = _split_specs(hf_kwargs)
         try:
             data = super()._apply_hf_processor_main(mm_items, clean)  # type: ignore[misc]
         except ValueError as error:
@@ -169,36 +188,39 @@ class CompressionProcessorMixin:
             raise ValueError(f"the model's processor refused a video or image: {error.__cause__}") from error
         if self.serving is not None and "video_grid_thw" in data:
             grids = [grid_of(thw, self._merge_size) for thw in data["video_grid_thw"]]
-            kept = [num_retained_tokens(g.num_tokens, r) for g, r in zip(grids, ratios, strict=True)]
+            kept = [num_retained_tokens(g.num_tokens, s.retention_ratio) for g, s in zip(grids, specs, strict=True)]
             data[NUM_RETAINED_KEY] = torch.tensor(kept, dtype=torch.int64)
+            known = self.serving.methods
+            data[METHOD_INDEX_KEY] = torch.tensor([known.index(s.method) for s in specs], dtype=torch.int64)
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
-        _, clean = _split_ratios(hf_processor_mm_kwargs)
+        _, clean = _split_specs(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, clean))  # type: ignore[misc]
         if self.serving is not None:
-            fields[NUM_RETAINED_KEY] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+            for key in (NUM_RETAINED_KEY, METHOD_INDEX_KEY):
+                fields[key] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
-        ratios, clean = _split_ratios(hf_processor_mm_kwargs)
+        specs, clean = _split_specs(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, clean, out_mm_kwargs)  # type: ignore[misc]
         if self.serving is None:
             return updates
 
         def placeholders(item_idx: int) -> _CompressedPlaceholder:
             item = out_mm_kwargs["video"][item_idx]
-            report = self._report(item, ratios[item_idx])
+            report = self._report(item, specs[item_idx])
             return _CompressedPlaceholder(full=[self._video_token_id] * report.retained_tokens, report=report)
 
         video = PromptReplacement(modality="video", target=[self._video_token_id], replacement=placeholders)
         return [update for update in updates if update.modality != "video"] + [video]
 
-    def _report(self, item: Any, ratio: float) -> VideoReport:
+    def _report(self, item: Any, spec: VideoSpec) -> VideoReport:
         grid = grid_of(item["video_grid_thw"].data, self._merge_size)
         retained = int(item[NUM_RETAINED_KEY].data)
         extent = position_extent(grid, temporal_factor(item, self._tokens_per_second))
-        return VideoReport(grid, grid.num_tokens, retained, ratio, extent)
+        return VideoReport(grid, grid.num_tokens, retained, spec, extent)
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         if self.serving is not None:
@@ -207,10 +229,36 @@ class CompressionProcessorMixin:
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
 
 
-def _split_ratios(kwargs: Mapping[str, Any]) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Our key would make vLLM load a Hugging Face processor per distinct ratio; it never goes further than here."""
+def resolve_ratios(asked: Any, num_videos: int, default: float) -> tuple[float, ...]:
+    """One ratio per video from what a request said.
+
+    Args:
+        asked: None, a number, or a list with a number per video.
+        num_videos: of the request.
+        default: for None.
+
+    Raises:
+        RetentionFieldError: a number out of range, not a number, or a list of another length.
+    """
+    if asked is None:
+        return (default,) * num_videos
+    try:
+        if not isinstance(asked, Sequence) or isinstance(asked, str):
+            return (check_retention_ratio(asked),) * num_videos
+        if len(asked) != num_videos:
+            raise ValueError(
+                f"{RATIO_KEY} must be one number or a list with one number in (0, 1] per video; "
+                f"got {len(asked)} for {num_videos} video(s)"
+            )
+        return tuple(check_retention_ratio(ratio, f"{RATIO_KEY}[{i}]") for i, ratio in enumerate(asked))
+    except (TypeError, ValueError) as error:
+        raise RetentionFieldError(str(error)) from error
+
+
+def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict[str, Any]]:
+    """Our key apart from what belongs to the model's own processor."""
     clean = dict(kwargs)
-    return clean.pop(RATIO_KEY, ()), clean
+    return clean.pop(SPECS_KEY, ()), clean
 
 
 def temporal_factor(item: Mapping[str, Any], tokens_per_second: float) -> float:

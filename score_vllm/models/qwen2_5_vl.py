@@ -16,7 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.models import video_loaders  # noqa: F401  (registers the loaders where requests are processed)
 from score_vllm.models.adapter import CompressionModelMixin
-from score_vllm.models.processing import NUM_RETAINED_KEY, CompressionProcessorMixin, grid_of
+from score_vllm.models.processing import METHOD_INDEX_KEY, NUM_RETAINED_KEY, CompressionProcessorMixin, grid_of
 
 
 class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalProcessor):
@@ -50,13 +50,13 @@ class ScoreQwen2_5_VLForConditionalGeneration(CompressionModelMixin, Qwen2_5_VLF
         video_input = super()._parse_and_validate_video_input(**kwargs)
         if self.compressor is None or video_input is None:
             return video_input
-        return video_input, kwargs[NUM_RETAINED_KEY]
+        return video_input, kwargs[NUM_RETAINED_KEY], kwargs[METHOD_INDEX_KEY]
 
     def _process_video_input(self, video_input: Any) -> tuple[torch.Tensor, ...]:
         """[K_i, D + 9] rows of each video, encoded and selected one video at a time."""
         if self.compressor is None:
             return super()._process_video_input(video_input)
-        inputs, num_retained = video_input
+        inputs, num_retained, method_index = video_input
         merge_size = self.visual.spatial_merge_size
         tokens_per_second = float(self.config.vision_config.tokens_per_second)
         grids = inputs["video_grid_thw"]
@@ -70,7 +70,7 @@ class ScoreQwen2_5_VLForConditionalGeneration(CompressionModelMixin, Qwen2_5_VLF
             one = {"type": kind, kind: inputs[kind][start:stop], "video_grid_thw": grids[index : index + 1]}
             (x,) = super()._process_video_input(one)
             t_factor = (1.0 if seconds is None else float(seconds[index])) * tokens_per_second
-            kept = int(num_retained[index])
-            outputs.append(self.compressor.compress(x, grid_of(thw, merge_size), t_factor, kept))
+            kept, method = int(num_retained[index]), self.compressor.serving.methods[int(method_index[index])]
+            outputs.append(self.compressor.compress(x, grid_of(thw, merge_size), t_factor, kept, method))
             start = stop
         return tuple(outputs)

@@ -65,9 +65,9 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
     compress, process_image = model.compressor.compress, model._process_image_input
     inner_forward = model.language_model.model.forward
 
-    def spy_compress(x: torch.Tensor, grid: Any, t_factor: float, num_retained: int) -> torch.Tensor:
+    def spy_compress(x: torch.Tensor, grid: Any, t_factor: float, num_retained: int, method: str) -> torch.Tensor:
         made.compressed.append((x.clone(), grid, t_factor, num_retained))
-        return compress(x, grid, t_factor, num_retained)
+        return compress(x, grid, t_factor, num_retained, method)
 
     def spy_image(image_input: Any) -> Any:
         out = process_image(image_input)
