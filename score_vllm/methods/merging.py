@@ -38,9 +38,15 @@ def _peak_scores(z: torch.Tensor, valid: torch.Tensor, neighbours: int, step: in
         # A token's distance to itself is 0, not what rounding makes of it.
         return d2.masked_fill_(columns[start:stop, None] == columns, 0.0)
 
+    whole = None
+    if step >= count:
+        # Made symmetric, so that two tokens that are each other's nearest are exactly equally dense.
+        whole = block(0, count)
+        whole = (whole + whole.transpose(1, 2)) / 2
+
     for start in range(0, count, step):
         stop = min(start + step, count)
-        d2 = block(start, stop).masked_fill_(~valid[:, None, :], torch.inf)
+        d2 = (block(start, stop) if whole is None else whole).masked_fill(~valid[:, None, :], torch.inf)
         nearest = d2.topk(min(neighbours, count), dim=-1, largest=False).values
         found = nearest.isfinite()
         mean = torch.where(found, nearest, 0.0).sum(-1) / found.sum(-1)
@@ -52,8 +58,9 @@ def _peak_scores(z: torch.Tensor, valid: torch.Tensor, neighbours: int, step: in
     scores = torch.empty_like(density)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        denser = (density[:, None, :] > density[:, start:stop, None]) & valid[:, None, :]
-        distance = block(start, stop).sqrt_()
+        mine, before = density[:, start:stop, None], columns < columns[start:stop, None]
+        denser = ((density[:, None, :] > mine) | ((density[:, None, :] == mine) & before)) & valid[:, None, :]
+        distance = (block(start, stop) if whole is None else whole).sqrt()
         delta = torch.where(denser, distance, farthest[:, None, None]).amin(-1)
         scores[:, start:stop] = delta * density[:, start:stop]
     return scores.masked_fill_(~valid, -torch.inf)
@@ -64,7 +71,7 @@ def density_peaks(x: torch.Tensor, frames: torch.Tensor, valid: torch.Tensor, ne
 
     Density is ``exp(-mean of the smallest squared distances / D)``, the token itself included; the score is
     density times the distance to the nearest denser token, or the frame's largest distance where there is
-    none. The peers add noise of 1e-6 to break ties; there is none here.
+    none. Of equally dense tokens the peers let noise of 1e-6 decide which is denser; here it is the first.
 
     Args:
         x: [T, N, D] tokens.

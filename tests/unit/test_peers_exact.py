@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
 from score_vllm.compressor import select_retained
+from score_vllm.methods import common as shared
+from score_vllm.methods import merging
 
 PEERS = ("evs", "vidcom2", "fastvid", "holitom", "dycoke")
 SELECTING = ("evs", "vidcom2", "dycoke", "uniform", "random")
@@ -121,8 +124,8 @@ def test_selecting_does_not_depend_on_the_size_of_blocks(
         patch.setattr("score_vllm.methods.merging._BLOCK_ELEMENTS_CPU", 11)
         blocks = select_tokens(x, ratio, method=method, variant=variant)
     assert blocks.num_retained == whole.num_retained
-    # Elsewhere rounding decides between ties. HoliTom has some by construction: of two centres, two nearest
-    # neighbours of each other are equally dense.
+    # Elsewhere rounding decides between ties. HoliTom has some by construction: with two centres, two tokens
+    # that are each other's nearest are equally dense, exactly so only where a frame fits one block.
     if video[3] in ("noise", "scenes") and x.shape[2] > 3 and method != "holitom":
         assert torch.equal(blocks.indices, whole.indices)
         torch.testing.assert_close(blocks.embeddings, whole.embeddings, rtol=0, atol=1e-5)
@@ -243,11 +246,37 @@ def test_holitom_saturated_keeps_static_tokens_of_later_frames() -> None:
     assert kept.tolist() == [10, 0, 0, 8, 0, 0]
 
 
+def test_density_peaks_against_their_definition() -> None:
+    x = make_video(3, 9, 4, "noise", 2)
+    valid = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) > 0.3
+    frames = torch.tensor([2, 0])
+    got = merging.density_peaks(x, frames, valid, 4)
+    for row, t in enumerate(frames.tolist()):
+        inside = valid[row].nonzero()[:, 0].tolist()
+        distance = {(i, j): float((x[t, i] - x[t, j]).norm()) / 4**0.5 for i in inside for j in inside}
+        density = {
+            i: math.exp(-sum(sorted(distance[i, j] ** 2 for j in inside)[:4]) / min(4, len(inside))) for i in inside
+        }
+        farthest = max(distance.values())
+        for i in range(9):
+            if i not in inside:
+                assert got[row, i] == -torch.inf
+                continue
+            delta = min(distance[i, j] if density[j] > density[i] else farthest for j in inside)
+            assert float(got[row, i]) == pytest.approx(density[i] * delta, rel=1e-4)
+
+
+def test_of_two_equally_dense_tokens_the_first_is_the_peak() -> None:
+    # With two neighbours, 1 and 3 are each other's nearest: equally dense, and only one may be a peak.
+    x = torch.tensor([[[9.0, 0.0], [0.1, 0.3], [-7.0, 5.0], [0.3, 0.2]]])
+    peaks = merging.density_peaks(x, torch.tensor([0]), torch.ones(1, 4, dtype=torch.bool), 2)[0]
+    assert int(peaks.argmax()) == 1
+    assert float(peaks[3]) < 0.05 * float(peaks[1])
+
+
 @pytest.mark.parametrize("method", ["fastvid", "holitom"])
 def test_the_stand_in_saliency_is_said_once(method: str, caplog: pytest.LogCaptureFixture) -> None:
-    from score_vllm.methods import common
-
-    common._warn_about_stand_in.cache_clear()
+    shared._warn_about_stand_in.cache_clear()
     x = make_video(8, 6, 4, "noise", 0)
     select_tokens(x, 0.5, method=method, saliency=torch.rand(8, 6))
     assert not caplog.records
