@@ -75,6 +75,21 @@ def test_count_order_and_determinism(method: str, variant: str | None, video: An
         assert torch.equal(got.embeddings, x.reshape(-1, x.shape[2])[got.indices])
 
 
+@pytest.mark.parametrize("method", ["fastvid", "holitom", "dycoke"])
+@given(video=videos, ratio=ratios, data=st.data())
+@common
+def test_every_mask_has_as_many_tokens_as_the_plan_says(method: str, video: Any, ratio: float, data: Any) -> None:
+    # masked_indices is told the number, so that no sync is needed; a wrong one would go unseen.
+    def checked(mask: torch.Tensor, count: int) -> torch.Tensor:
+        assert int(mask.sum()) == count
+        return shared.masked_indices(mask, count)
+
+    variant = data.draw(st.sampled_from(methods.get(method).variants))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"score_vllm.methods.{method}.masked_indices", checked)
+        select_tokens(make_video(*video), ratio, method=method, variant=variant)
+
+
 @pytest.mark.parametrize(("method", "variant"), CALLS)
 @given(video=videos, with_saliency=st.booleans())
 @common
