@@ -18,7 +18,8 @@ ROOMS = [
     {"budget", "types", "config", "sampling", "video_file"},
     {"kernels", "video"},
     {"policy", "positions"},
-    {"methods", "compressor", "demo", "viz"},
+    {"methods", "compressor", "demo"},
+    {"painting", "viz"},
     {"models"},
     {"plugin", "server", "train"},
 ]
