@@ -71,8 +71,19 @@ class VideoCompressor:
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
                 )
 
+    @property
+    def needs_saliency(self) -> bool:
+        """True where a served method ranks by attention."""
+        return any(methods.get(name).needs_saliency for name in self.serving.methods)
+
     def compress(
-        self, x: torch.Tensor, grid: VideoGrid, t_factor: float, num_retained: int, method: str
+        self,
+        x: torch.Tensor,
+        grid: VideoGrid,
+        t_factor: float,
+        num_retained: int,
+        method: str,
+        saliency: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Keep K tokens of a video and append their position channels.
 
@@ -82,6 +93,7 @@ class VideoCompressor:
             t_factor: positions per temporal cell.
             num_retained: K.
             method: one of the serving configuration's methods.
+            saliency: [T, N] for the methods that need one.
 
         Returns:
             [K, D + 9] in the dtype of ``x``.
@@ -90,7 +102,7 @@ class VideoCompressor:
             if self.policy is not None:
                 self.policy.to(x.device)
             video = x.view(grid.t, grid.tokens_per_frame, x.shape[-1])
-            kept, _ = select_retained(video, num_retained, method, policy=self.policy)
+            kept, _ = select_retained(video, num_retained, method, policy=self.policy, saliency=saliency)
             offsets = video_offsets(grid, t_factor).to(x.device, non_blocking=True)[kept.indices]
             return torch.cat([kept.embeddings, pack_offsets(offsets, x.dtype)], dim=1)
 

@@ -17,6 +17,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from score_vllm.models import video_loaders  # noqa: F401  (registers the loaders where requests are processed)
 from score_vllm.models.adapter import CompressionModelMixin
 from score_vllm.models.processing import METHOD_INDEX_KEY, NUM_RETAINED_KEY, CompressionProcessorMixin, grid_of
+from score_vllm.models.saliency import AttentionSaliency, check_saliency_config
 
 
 class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalProcessor):
@@ -38,6 +39,10 @@ class ScoreQwen2_5_VLForConditionalGeneration(CompressionModelMixin, Qwen2_5_VLF
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup_compression(vllm_config)
+        self._saliency: AttentionSaliency | None = None
+        if self.compressor is not None and self.compressor.needs_saliency:
+            check_saliency_config(vllm_config)
+            self._saliency = AttentionSaliency(self.visual)
 
     def get_encoder_cudagraph_config(self) -> Any:
         """Videos leave the encoder's graphs: selection follows the tower and its output has other columns."""
@@ -69,8 +74,12 @@ class ScoreQwen2_5_VLForConditionalGeneration(CompressionModelMixin, Qwen2_5_VLF
             stop = start + int(thw.prod()) // rows_per_patch
             one = {"type": kind, kind: inputs[kind][start:stop], "video_grid_thw": grids[index : index + 1]}
             (x,) = super()._process_video_input(one)
+            grid = grid_of(thw, merge_size)
             t_factor = (1.0 if seconds is None else float(seconds[index])) * tokens_per_second
             kept, method = int(num_retained[index]), self.compressor.serving.methods[int(method_index[index])]
-            outputs.append(self.compressor.compress(x, grid_of(thw, merge_size), t_factor, kept, method))
+            saliency = None
+            if self._saliency is not None and kind == "pixel_values_videos":
+                saliency = self._saliency.take(thw.tolist(), grid)
+            outputs.append(self.compressor.compress(x, grid, t_factor, kept, method, saliency))
             start = stop
         return tuple(outputs)

@@ -15,6 +15,24 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from score_vllm.types import VideoGrid
 
 
+def check_saliency_config(config: Any) -> None:
+    """Refuse set-ups in which the hook would not see every query and key.
+
+    Raises:
+        ValueError: one sentence that names the option.
+    """
+    if config.model_config.get_multimodal_config().mm_encoder_tp_mode == "data":
+        raise ValueError(
+            "methods that rank by attention (fastvid, holitom) do not support --mm-encoder-tp-mode data: "
+            "each rank sees some of the videos only; use the mode 'weights' or another method"
+        )
+    if getattr(config.compilation_config, "compile_mm_encoder", False):
+        raise ValueError(
+            "methods that rank by attention (fastvid, holitom) do not support compile_mm_encoder: "
+            "a compiled tower does not call the hook"
+        )
+
+
 def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merge_unit: int) -> torch.Tensor:
     """Mean-query attention over merge units, summed over heads.
 

@@ -40,6 +40,7 @@ def generate(
     images: list[Any] | None = None,
     ratio: Any = None,
     num_tokens: int = 8,
+    method: Any = None,
 ) -> Any:
     data: dict[str, Any] = {}
     if videos:
@@ -49,8 +50,8 @@ def generate(
     request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
     if data:
         request["multi_modal_data"] = data
-    if ratio is not None:
-        request["mm_processor_kwargs"] = {"retention_ratio": ratio}
+    asked = {"retention_ratio": ratio, "retention_method": method}
+    request["mm_processor_kwargs"] = {key: value for key, value in asked.items() if value is not None}
     params = SamplingParams(max_tokens=num_tokens, temperature=0, logprobs=-1, ignore_eos=True)
     (output,) = engine.llm.generate([request], params, use_tqdm=False)
     return output
