@@ -18,7 +18,7 @@ from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
 DEMO = "demo"
-TRAINING_FREE_METHOD = "uniform"
+TRAINING_FREE_METHOD = "vidcom2"
 TRAIN_COMMAND = "python -m score_vllm.train --config train/configs/qwen2_5_vl_7b.toml"
 # Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
 DEFAULT_ON_GROUPS = (
@@ -73,8 +73,7 @@ def choose_method(method: str | None, policy: str | None, allowed: tuple[str, ..
         return method, None
     return TRAINING_FREE_METHOD, (
         f"no retention policy is known for this model, so tokens are selected by the training-free method "
-        f"'{TRAINING_FREE_METHOD}', which keeps less of the answer than SCORE; train a policy with: {TRAIN_COMMAND} "
-        f"and pass it as --policy DIR"
+        f"'{TRAINING_FREE_METHOD}'; train a policy with: {TRAIN_COMMAND} and pass it as --policy DIR"
     )
 
 

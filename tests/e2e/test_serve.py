@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from score_vllm import num_retained_tokens
+from score_vllm import methods, num_retained_tokens
 from score_vllm.video import decode_video
 
 openai = pytest.importorskip("openai")
@@ -52,7 +52,7 @@ def chat(server: Server, messages: list[dict[str, Any]], **fields: Any) -> Any:
     return server.client().chat.completions.create(model="demo", messages=messages, extra_body=extra, **fields)
 
 
-EXTRA_FIELDS = ("retention_ratio", "mm_processor_kwargs", "media_io_kwargs", "ignore_eos")
+EXTRA_FIELDS = ("retention_ratio", "retention_method", "mm_processor_kwargs", "media_io_kwargs", "ignore_eos")
 
 
 def post(
@@ -68,9 +68,9 @@ def post(
         return error.code, json.loads(error.read() or b"{}")
 
 
-def check_counts(answer: Any, ratio: float) -> dict[str, Any]:
+def check_counts(answer: Any, ratio: float, method: str = "score") -> dict[str, Any]:
     score = answer.score
-    assert score["method"] == "score"
+    assert score["method"] == method
     assert score["retention_ratio"] == ratio
     (video,) = score["videos"]
     t, h, w = video["grid"]
@@ -139,6 +139,23 @@ def test_one_ratio_per_video(server: Server, clips: dict[str, Path]) -> None:
         assert video["retained_tokens"] == num_retained_tokens(video["original_tokens"], ratio)
     both = chat(server, messages, retention_ratio=0.3)
     assert [v["retention_ratio"] for v in both.score["videos"]] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_over_a_real_video(method: str, server: Server, shared_videos: Path) -> None:
+    messages = ask(data_url(shared_videos / "nasa_13013.mp4"))
+    for ratio in RATIOS:
+        answer = chat(server, messages, retention_ratio=ratio, retention_method=method)
+        check_counts(answer, ratio, method)
+
+
+@pytest.mark.parametrize("bad", ["magic", "", 3, ["evs"], True])
+def test_bad_method_is_a_400_that_names_the_known_ones(bad: Any, server: Server, clips: dict[str, Path]) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(server, ask(data_url(clips["plain"])), retention_method=bad)
+    error = caught.value.response.json()["error"]
+    assert error["param"] == "retention_method"
+    assert "retention_method must be" in error["message"]
 
 
 def test_text_only_request(server: Server) -> None:
@@ -269,9 +286,10 @@ def test_client_options_stay_refused(field: str, server: Server, clips: dict[str
 def test_other_routes_refuse_the_field(path: str, body: dict[str, Any], server: Server) -> None:
     without, _ = post(server, path, {"model": "demo", **body})
     assert without == 200, "the route itself must work"
-    status, answer = post(server, path, {"model": "demo", "retention_ratio": 0.5, **body})
-    assert status == 400
-    assert "retention_ratio" in answer["error"]["message"]
+    for field, value in (("retention_ratio", 0.5), ("retention_method", "evs")):
+        status, answer = post(server, path, {"model": "demo", field: value, **body})
+        assert status == 400
+        assert field in answer["error"]["message"]
     escaped = json.dumps({"model": "demo", "retention_ratio": 0.5, **body}).replace("retention_r", "retention\\u005fr")
     assert post(server, path, escaped.encode())[0] == 400
 

@@ -18,7 +18,7 @@ ROOMS = [
     {"budget", "types", "config", "sampling", "video_file"},
     {"kernels", "video"},
     {"policy", "positions"},
-    {"methods", "compressor", "demo"},
+    {"methods", "compressor", "demo", "features"},
     {"painting", "viz"},
     {"models"},
     {"plugin", "server", "train"},
