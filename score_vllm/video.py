@@ -42,6 +42,18 @@ class DecodedVideo:
     fps: float
     duration: float
 
+    def metadata(self, loader: str = "score_pyav") -> dict[str, Any]:
+        """The metadata that vLLM's video inputs and transformers' processors expect beside the frames."""
+        return {
+            "total_num_frames": self.total_frames,
+            "fps": self.fps,
+            "duration": self.duration,
+            "video_backend": loader,
+            "frames_indices": self.indices,
+            # The frames are chosen; the model's processor must not choose again.
+            "do_sample_frames": False,
+        }
+
 
 def decode_video(
     data: bytes,
@@ -75,7 +87,7 @@ def decode_video(
         wanted = sample_frame_indices(len(index.order), index.fps, fps, max_frames)
         frames, valid = _read_frames(data, index, wanted, limits, deadline)
     except av.FFmpegError as error:
-        raise VideoError(f"the file is not a video that can be decoded: {error}") from error
+        raise VideoError(f"the video cannot be decoded: {error.strerror}") from error
     return DecodedVideo(frames, valid, len(index.order), index.fps, index.duration)
 
 
@@ -89,7 +101,7 @@ def probe_video(data: bytes, limits: DecodeLimits) -> None:
     try:
         _index(data, limits, Deadline(limits.deadline))
     except av.FFmpegError as error:
-        raise VideoError(f"the file is not a video that can be decoded: {error}") from error
+        raise VideoError(f"the video cannot be decoded: {error.strerror}") from error
 
 
 def _index(data: bytes, limits: DecodeLimits, deadline: Deadline) -> FrameIndex:

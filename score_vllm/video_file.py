@@ -107,7 +107,7 @@ def open_video(source: io.BytesIO) -> Any:
         return av.open(source, mode="r", options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(
-            f"the file is not a video in an accepted container ({', '.join(CONTAINERS)}): {error}"
+            f"the file is damaged, incomplete, or not a video in an accepted container ({', '.join(CONTAINERS)})"
         ) from error
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.datastructures import State
@@ -59,7 +60,8 @@ def _score_object(serving: ServingConfig, context: _RequestContext) -> dict[str,
 
 
 async def create_chat_completion(request: ScoreChatCompletionRequest, raw_request: Request) -> Response:
-    """vLLM's own chat handler, with our field taken in and our report put out."""
+    """OpenAI's chat completion. Videos reach the language model with `retention_ratio` of their visual tokens;
+    the response's `score` object says how many that were."""
     serving: ServingConfig | None = raw_request.app.state.score
     if serving is None:
         for name in (FIELD, METHOD_FIELD):
@@ -195,6 +197,11 @@ def _hook_renderer(renderer: Any) -> None:
         except binascii.Error as error:
             text = f"the data URL of an image or video is not valid base64: {error}"
             raise VLLMValidationError(text, parameter="messages") from error
+        except (OSError, aiohttp.ClientError) as error:
+            # An unreachable host or a missing file would be a 500 upstream; the server is not at fault.
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            text = f"an image or video of the request cannot be loaded: {reason}"
+            raise VLLMValidationError(text, parameter="messages") from error
         except NotImplementedError as error:
             # Upstream answers 501 to a data URL that is not base64; the mistake is the client's.
             raise VLLMValidationError(str(error), parameter="messages") from error
@@ -226,11 +233,11 @@ async def _verify(engine_client: Any, serving: ServingConfig) -> None:
             raise StartupError(f"worker {rank} holds another policy than the API process; start the server again")
 
 
-async def _announce(port: int, text: str) -> None:
+async def _announce(host: str | None, port: int, text: str) -> None:
     """Print how to call the server once its port answers."""
     while True:
         try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            _, writer = await asyncio.open_connection(host or "127.0.0.1", port)
         except OSError:
             await asyncio.sleep(0.2)
             continue
@@ -276,4 +283,4 @@ class ScoreEndpointPlugin:
             metrics.expose_compressor_seconds(Path(serving.stats_dir))
         state.score = serving
         if (text := getattr(args, "score_banner", None)) is not None:
-            state.score_announcement = asyncio.create_task(_announce(args.port, text))
+            state.score_announcement = asyncio.create_task(_announce(args.host, args.port, text))

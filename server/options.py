@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+import socket
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -54,6 +54,12 @@ def resolve_model(name: str) -> ResolvedModel:
         return ResolvedModel(SHORT_NAMES[name], [name, SHORT_NAMES[name]])
     if looks_short := [known for known in SHORT_NAMES if known.lower() == name.lower()]:
         raise UsageError(f"--model {name!r} is not known; did you mean {looks_short[0]!r}?")
+    # A hub id is owner/name. Anything else must be here: asking the hub for it would only take time.
+    if not Path(name).expanduser().is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UsageError(
+            f"--model {name!r} is no directory, no hub id (owner/name) and no short name "
+            f"({', '.join([DEMO, *SHORT_NAMES])})"
+        )
     return ResolvedModel(name, [name])
 
 
@@ -183,8 +189,29 @@ def apply_demo_defaults(args: argparse.Namespace, model: ResolvedModel) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def configure(args: argparse.Namespace) -> str | None:
+def check_port(args: argparse.Namespace) -> None:
+    """Say now, not after loading, that the port is taken.
+
+    Raises:
+        UsageError: another process listens there.
+    """
+    if args.uds is not None or args.port == 0:
+        return
+    family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((args.host or "", args.port))
+        except OSError as error:
+            raise UsageError(f"--port {args.port} cannot be used: {error.strerror}; choose another --port") from error
+
+
+def configure(args: argparse.Namespace, stats_dir: str | None = None) -> str | None:
     """Fill vLLM's arguments from ours; returns a warning to print, or None.
+
+    Args:
+        args: parsed arguments, filled in place.
+        stats_dir: where workers leave their timings, see :class:`~score_vllm.config.ServingConfig`.
 
     Raises:
         UsageError: anything an operator can get wrong.
@@ -192,6 +219,7 @@ def configure(args: argparse.Namespace) -> str | None:
     if args.model_tag is not None:
         args.model, args.model_tag = args.model_tag, None
     check_engine_options(args)
+    check_port(args)
     model = resolve_model(args.model)
     args.model = model.path
     if args.served_model_name is None:
@@ -206,8 +234,7 @@ def configure(args: argparse.Namespace) -> str | None:
     digest = ""
     if policy is not None:
         policy, digest = check_policy(policy, hidden_size)
-    stats = tempfile.mkdtemp(prefix="score-stats-")
-    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest, stats)
+    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest, stats_dir)
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
@@ -62,3 +62,13 @@ class ScoreChatCompletionRequest(ChatCompletionRequest):
         default=None,
         description="Selection method, among those that the operator allows. Absent: the server's default.",
     )
+
+    @model_validator(mode="after")
+    def _refuse_near_misses(self) -> "ScoreChatCompletionRequest":
+        """vLLM ignores unknown fields; a mistyped one of ours would compress by the default in silence."""
+        for name in self.model_extra or ():
+            if name.lower().replace("-", "_").startswith("retention"):
+                raise VLLMValidationError(
+                    f"{name!r} is not a field of this API; did you mean {FIELD!r} or {METHOD_FIELD!r}?", parameter=name
+                )
+        return self

@@ -25,18 +25,6 @@ def _limits(options: dict[str, Any]) -> DecodeLimits:
     return DecodeLimits(**options)
 
 
-def _metadata(video: DecodedVideo, backend: str) -> dict[str, Any]:
-    return {
-        "total_num_frames": video.total_frames,
-        "fps": video.fps,
-        "duration": video.duration,
-        "video_backend": backend,
-        "frames_indices": video.indices,
-        # The frames are chosen; the model's processor must not choose again.
-        "do_sample_frames": False,
-    }
-
-
 @VIDEO_LOADER_REGISTRY.register(PYAV_LOADER)
 class PyAVVideoLoader(VideoLoader):
     """Pull-based decoding under limits; see :mod:`score_vllm.video`."""
@@ -51,7 +39,7 @@ class PyAVVideoLoader(VideoLoader):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """``(frames [F, H, W, 3] uint8, metadata)``; raises ValueError for anything that cannot be decoded."""
         video = decode_video(data, fps=fps, max_frames=num_frames, limits=_limits(limits))
-        return video.frames, _metadata(video, PYAV_LOADER)
+        return video.frames, video.metadata(PYAV_LOADER)
 
 
 @VIDEO_LOADER_REGISTRY.register(DECORD_LOADER)
@@ -93,7 +81,7 @@ class DecordVideoLoader(VideoLoader):
             raise VideoError(f"the file is not a video that decord can decode: {error}") from error
         finally:
             del reader
-        return frames, _metadata(DecodedVideo(frames, wanted, total, rate, total / rate), DECORD_LOADER)
+        return frames, DecodedVideo(frames, wanted, total, rate, total / rate).metadata(DECORD_LOADER)
 
 
 def _max_bytes(self: VideoMediaIO) -> int | None:

@@ -23,7 +23,7 @@ from score_vllm import methods, num_retained_tokens
 from score_vllm.video import decode_video
 
 openai = pytest.importorskip("openai")
-from .conftest import API_KEY, ROOT, Server  # noqa: E402
+from .conftest import API_KEY, ROOT, Server, free_port  # noqa: E402
 
 RATIOS = (1.0, 0.25, 0.1)
 SHARED_VIDEOS = (
@@ -238,6 +238,29 @@ def test_bad_url_is_a_4xx(url: str, server: Server, clips: dict[str, Path]) -> N
     assert 400 <= status < 500, answer
     assert answer["error"]["message"]
     assert status == answer["error"]["code"]
+
+
+@pytest.mark.parametrize("path", ["missing.mp4", ".", "a/b.mp4"])
+def test_missing_file_is_the_clients_mistake(path: str, server: Server) -> None:
+    body = {"model": "demo", "messages": ask(f"file://{server.media}/{path}")}
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert status == 400, answer
+    assert str(server.media) not in answer["error"]["message"]
+
+
+def test_unreachable_host_is_the_clients_mistake(server: Server) -> None:
+    """Nothing listens on this port of the allowed domain."""
+    body = {"model": "demo", "messages": ask(f"http://127.0.0.1:{free_port()}/clip.mp4")}
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert 400 <= status < 500, answer
+
+
+@pytest.mark.parametrize("field", ["retention", "retention-ratio", "retentionRatio", "retention_ration"])
+def test_near_misses_of_our_fields_are_refused(field: str, server: Server, clips: dict[str, Path]) -> None:
+    body = {"model": "demo", "messages": ask(data_url(clips["plain"])), field: 0.5}
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert status == 400
+    assert "did you mean 'retention_ratio'" in answer["error"]["message"]
 
 
 @pytest.fixture(scope="module")

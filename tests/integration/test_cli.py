@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 
 pytest.importorskip("vllm")
 from score_vllm import RetentionPolicy
-from score_vllm.server import cli, options
+from score_vllm.server import arguments, options
 
 
 @pytest.fixture(scope="module")
 def parser() -> Any:
-    return cli.build_parser()
+    return arguments.build_parser()
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +165,60 @@ def test_bad_values(parser: Any, argv: tuple[str, ...], message: str, capsys: py
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", "demo", *argv])
     assert message in capsys.readouterr().err
+
+
+def test_mistakes_in_our_options_need_no_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line of usage and one of error, in the second before vLLM is imported."""
+    for argv, message in {
+        (): "--model is required",
+        ("--retention", "2", "--model", "demo"): "(0, 1]",
+        ("--model", "demo", "--fps", "0"): "(0, 240]",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            arguments.check_early(list(argv))
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 2
+    for argv in (["--model", "demo"], ["owner/name"], ["--config", "file.yaml"], ["--model=demo", "--port", "1"]):
+        arguments.check_early(argv)
+    with pytest.raises(SystemExit) as caught:
+        arguments.check_early(["--help"])
+    assert caught.value.code == 0
+    assert "--retention RATIO" in capsys.readouterr().out
+
+
+def test_a_mistyped_option_is_recognised(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "demo", "--retension", "0.1"])
+    error = capsys.readouterr().err
+    assert "did you mean --retention?" in error
+    assert len(error.splitlines()) == 2
+
+
+def test_a_taken_port_is_said_before_loading(parser: Any) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        assert f"--port {port} cannot be used" in refused(
+            parser, "--model", "demo", "--host", "127.0.0.1", "--port", port
+        )
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "/no/where", "a/b/c"])
+def test_names_that_cannot_be_hub_ids_are_not_asked_for(name: str) -> None:
+    with pytest.raises(options.UsageError, match="is no directory, no hub id"):
+        options.resolve_model(name)
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [(None, "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]"), ("h", "h")],
+)
+def test_the_banner_names_an_address_to_connect_to(host: str | None, shown: str) -> None:
+    names = {"served_model_name": ["m"], "retention": 0.1, "score_clip": None, "ssl_certfile": None}
+    assert f"http://{shown}:80/v1" in cli.banner(argparse.Namespace(host=host, port=80, **names))
 
 
 def test_setting_the_allow_list_keeps_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
