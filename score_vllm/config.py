@@ -97,7 +97,6 @@ class ServingConfig:
         allowed_methods: names that a request may choose instead; empty means no choice.
         policy: directory of the retention policy, for ``method="score"``.
         policy_digest: :meth:`score_vllm.policy.RetentionPolicy.digest` of that policy; part of every cache key.
-        stats_dir: where workers leave their compressor timings for the metrics page, or None.
     """
 
     retention_ratio: float = 1.0
@@ -105,16 +104,14 @@ class ServingConfig:
     allowed_methods: tuple[str, ...] = ()
     policy: str | None = None
     policy_digest: str = ""
-    stats_dir: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention_ratio", check_retention_ratio(self.retention_ratio))
         for name in ("method", "policy_digest"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"score config: {name} must be a string, got {getattr(self, name)!r}")
-        for name in ("policy", "stats_dir"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"score config: {name} must be a path or null, got {getattr(self, name)!r}")
+        if not isinstance(self.policy, str | None):
+            raise ValueError(f"score config: policy must be a path or null, got {self.policy!r}")
         if not isinstance(self.allowed_methods, list | tuple) or not all(
             isinstance(name, str) for name in self.allowed_methods
         ):

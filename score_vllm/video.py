@@ -105,7 +105,7 @@ def probe_video(data: bytes, limits: DecodeLimits) -> None:
 
 
 def _index(data: bytes, limits: DecodeLimits, deadline: Deadline) -> FrameIndex:
-    with open_video(TimedBytes(data, deadline)) as container:
+    with open_video(TimedBytes(data, deadline), limits) as container:
         return FrameIndex(container, video_stream(container, limits), limits, deadline)
 
 
@@ -169,7 +169,7 @@ def _read_in_order(
 ) -> None:
     """Decode from the start; frames are known by their time stamp, or counted where stamps cannot be trusted."""
     targets = {index.order[i]: i for i in wanted}
-    with open_video(TimedBytes(data, deadline)) as container:
+    with open_video(TimedBytes(data, deadline), limits) as container:
         stream = video_stream(container, limits)
         for count, frame in enumerate(_decode(container, stream, deadline)):
             position = targets.get(frame.pts if index.seekable else count)
@@ -187,7 +187,7 @@ def _read_by_seeking(
     Containers differ in what they seek by (decode time, byte position), so every landing is checked.
     """
     keyframes = np.asarray(index.keyframes, dtype=np.int64)
-    with open_video(TimedBytes(data, deadline)) as container:
+    with open_video(TimedBytes(data, deadline), limits) as container:
         stream = video_stream(container, limits)
         frames = _decode(container, stream, deadline)
         here: int | None = None

@@ -46,6 +46,7 @@ class DecodeLimits:
         max_source_frames: frames in the file, read or not.
         max_duration: seconds of video in the file.
         max_output_bytes: decoded RGB bytes held at once.
+        max_memory: memory of the decoding process beyond its start, where decoding has a process of its own.
         deadline: seconds that decoding may take, after which it is ended.
     """
 
@@ -53,7 +54,8 @@ class DecodeLimits:
     max_pixels: int = 7680 * 4320
     max_source_frames: int = 1_000_000
     max_duration: float = 6 * 3600.0
-    max_output_bytes: int = 4 << 30
+    max_output_bytes: int = 1 << 30
+    max_memory: int = 3 << 30
     deadline: float = 120.0
 
     def __post_init__(self) -> None:
@@ -97,11 +99,13 @@ def check_size(data: bytes, limits: DecodeLimits) -> None:
         raise VideoError(f"the video has {len(data)} bytes, more than max_bytes = {limits.max_bytes}")
 
 
-def open_video(source: io.BytesIO) -> Any:
+def open_video(source: io.BytesIO, limits: DecodeLimits) -> Any:
     options = {
         "format_whitelist": ",".join(CONTAINERS),
         "codec_whitelist": ",".join(CODECS),
         "protocol_whitelist": "",
+        # Probing decodes a frame or two already.
+        "max_pixels": str(limits.max_pixels),
     }
     try:
         return av.open(source, mode="r", options=options, metadata_errors="replace")
@@ -122,7 +126,8 @@ def video_stream(container: Any, limits: DecodeLimits) -> Any:
         name = "unknown" if context is None else context.codec.name
         raise VideoError(f"video codec {name!r} is not accepted; accepted are {', '.join(CODECS)}")
     if context.width < 1 or context.height < 1:
-        raise VideoError(f"the video's frame size is {context.width}x{context.height}")
+        # Probing leaves the size open where it is above the limit.
+        raise VideoError(f"the video's frame size is not known, or above max_pixels = {limits.max_pixels}")
     if context.width * context.height > limits.max_pixels:
         raise VideoError(
             f"the video's frames are {context.width}x{context.height}, more than max_pixels = {limits.max_pixels}"
@@ -130,6 +135,8 @@ def video_stream(container: Any, limits: DecodeLimits) -> Any:
     # The decoder enforces the limit too: a stream may announce one size and carry another.
     context.options = {"max_pixels": str(limits.max_pixels)}
     context.thread_type = "AUTO"
+    # Every thread holds frames; a machine's full width would be memory for nothing.
+    context.thread_count = 4
     return stream
 
 

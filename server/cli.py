@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 
+from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.server.arguments import build_parser, check_early
 from score_vllm.server.options import DEMO, UsageError, check_plugins, configure
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
             validate_parsed_serve_args(args)
-            warning = configure(args, stats_dir)
+            warning = configure(args)
         except UsageError as error:
             sys.exit(f"score-serve: error: {error}")
         args.score_banner = banner(args) if args.uds is None else None
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             f"at retention {serving['retention_ratio']:g}; loading ...",
             flush=True,
         )
+        os.environ[STATS_VARIABLE] = stats_dir
         cli_env_setup()
         ServeSubcommand.cmd(args)
 

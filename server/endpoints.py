@@ -6,6 +6,7 @@ Annotations stay real objects in this file: FastAPI reads them through vLLM's de
 import asyncio
 import binascii
 import json
+import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any
 import aiohttp
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,15 +26,17 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
-from score_vllm import plugin
+from score_vllm import plugin, video_process
 from score_vllm.config import ServingConfig
 from score_vllm.models.processing import METHOD_KEY, RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
+from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import metrics
 from score_vllm.server.protocol import FIELD, METHOD_FIELD, ScoreChatCompletionRequest
 from score_vllm.video import VideoError
 
 CHAT_PATH = "/v1/chat/completions"
+UNCOUNTED_PATHS = frozenset({"/tokenize", "/v1/messages/count_tokens"})
 
 
 class StartupError(RuntimeError):
@@ -49,6 +53,8 @@ class _RequestContext:
 
 
 _current: ContextVar[_RequestContext | None] = ContextVar("score_request", default=None)
+# False while a request is served that only renders a prompt: its videos reach no language model.
+_counts: ContextVar[bool] = ContextVar("score_counts", default=True)
 
 
 def _score_object(serving: ServingConfig, context: _RequestContext) -> dict[str, Any]:
@@ -82,26 +88,31 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
         body = json.loads(bytes(response.body))
         body["score"] = _score_object(serving, context)
         kept = {k: v for k, v in response.headers.items() if k not in ("content-length", "content-type")}
-        response = JSONResponse(body, headers=kept)
+        response = JSONResponse(body, headers=kept, background=response.background)
     return response
 
 
 async def _stream_with_score(
     events: AsyncIterable[Any], serving: ServingConfig, context: _RequestContext
 ) -> AsyncIterator[Any]:
-    """Pass server-sent events on, one behind, so that the last chunk before ``[DONE]`` can carry the report."""
+    """Pass server-sent events on; the last chunk before ``[DONE]`` carries the report.
+
+    Only what may be that chunk waits for its successor: one that ends a choice, or the usage chunk. No token is late.
+    """
     held: Any = None
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
-        if text.startswith("data: [DONE]"):
-            if held is not None:
-                held = _with_score(held, _score_object(serving, context))
-        elif not text.startswith("data: "):
-            yield event  # a keep-alive comment: it must not wait
-            continue
-        if held is not None:
+        if text.startswith("data: [DONE]") and held is not None:
+            yield _with_score(held, _score_object(serving, context))
+            held = None
+        elif held is not None and text.startswith("data: "):
             yield held
-        held = event
+            held = None
+        # Inside a token's text the quotes of this mark would be escaped.
+        if text.startswith("data: {") and '"finish_reason":null' not in text:
+            held = event
+        else:
+            yield event
     if held is not None:
         yield held
 
@@ -116,26 +127,33 @@ def _with_score(event: Any, score: dict[str, Any]) -> Any:
 
 
 class RefuseRetentionRatioElsewhere:
-    """Routes other than chat completions refuse the field: ignored in silence it would cost the client money."""
+    """Routes other than chat completions refuse the field: ignored in silence it would cost the client money.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: the next ASGI application.
+        paths: of the POST routes to look at; others pass untouched.
+    """
+
+    def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
         self.app = app
+        self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].endswith(CHAT_PATH):
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in self.paths:
             await self.app(scope, receive, send)
             return
+        _counts.set(path not in UNCOUNTED_PATHS)
         messages: list[Message] = []
-        body = b""
         while True:
             message = await receive()
             messages.append(message)
-            body += message.get("body", b"")
             if message["type"] != "http.request" or not message.get("more_body", False):
                 break
-        if (named := _named_field(body)) is not None:
-            text = f"{named} is supported on {CHAT_PATH} only, not on {scope['path']}"
+        named = _named_field(b"".join(message.get("body", b"") for message in messages))
+        if named is not None:
+            text = f"{named} is supported on {CHAT_PATH} only, not on {path}"
             error = create_error_response(VLLMValidationError(text, parameter=named))
             await JSONResponse(error.model_dump(), status_code=error.error.code)(scope, receive, send)
             return
@@ -148,13 +166,13 @@ class RefuseRetentionRatioElsewhere:
 
 
 def _named_field(body: bytes) -> str | None:
-    # A cheap look first: bodies can hold whole videos. An escaped key needs a backslash-u.
+    # A cheap look first: bodies can hold whole videos. An escaped key needs a backslash-u, UTF-16 and UTF-32 a NUL.
     fields = (FIELD, METHOD_FIELD)
-    if not any(name.encode() in body for name in fields) and b"\\u" not in body:
+    if not any(sign in body for sign in (*(name.encode() for name in fields), b"\\u", b"\0")):
         return None
     try:
         parsed = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return next((name for name in fields if name in parsed), None) if isinstance(parsed, dict) else None
 
@@ -185,7 +203,8 @@ def _hook_renderer(renderer: Any) -> None:
                     parameter=FIELD,
                 )
             context.reports.extend(reports)
-        metrics.count_videos(reports)
+        if _counts.get():
+            metrics.count_videos(reports)
 
     render_chat, render_cmpl = renderer.render_chat_async, renderer.render_cmpl_async
 
@@ -265,7 +284,9 @@ class ScoreEndpointPlugin:
             responses={200: {"content": {"text/event-stream": {}}}},
             summary="Chat completion; videos are compressed to retention_ratio of their tokens",
         )
-        app.add_middleware(RefuseRetentionRatioElsewhere)
+        routes = [route for route in app.routes if isinstance(route, APIRoute)]
+        paths = frozenset(route.path for route in routes if "POST" in route.methods) - {CHAT_PATH}
+        app.add_middleware(RefuseRetentionRatioElsewhere, paths=paths)
 
     async def init_state(self, engine_client: Any, state: State, args: Any) -> None:
         """Check that every process compresses, then hook the renderer and the metrics.
@@ -278,9 +299,10 @@ class ScoreEndpointPlugin:
         if serving is None:
             return
         await _verify(engine_client, serving)
+        video_process.start()
         _hook_renderer(engine_client.renderer)
-        if serving.stats_dir is not None:
-            metrics.expose_compressor_seconds(Path(serving.stats_dir))
+        if (directory := os.environ.get(STATS_VARIABLE)) is not None:
+            metrics.expose_compressor_seconds(Path(directory))
         state.score = serving
         if (text := getattr(args, "score_banner", None)) is not None:
             state.score_announcement = asyncio.create_task(_announce(args.host, args.port, text))

@@ -29,6 +29,7 @@ DEFAULT_ON_GROUPS = (
 )
 LOADERS = {"pyav": "score_pyav", "decord": "score_decord", "vllm": None}
 MAX_DOWNLOAD_BYTES = 1 << 30
+MAX_VIDEOS_PER_PROMPT = 8
 
 
 class UsageError(Exception):
@@ -156,6 +157,16 @@ def check_engine_options(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--video-pruning-rate {args.video_pruning_rate} is vLLM's own pruning; use --retention instead"
         )
+    if args.enable_dbo:
+        raise UsageError("--enable-dbo is not supported: micro-batches would lose the positions of kept tokens")
+    if args.enable_tower_connector_lora:
+        raise UsageError("--enable-tower-connector-lora is not supported: vLLM sizes its adapters by kept tokens")
+    speculative = dict(args.speculative_config or {}).get("method")
+    if args.speculative_config and speculative not in ("ngram", "suffix"):
+        raise UsageError(
+            f"--speculative-config with method {speculative!r} is not supported: a draft model would read uncompressed "
+            "positions; use 'ngram' or 'suffix'"
+        )
     if args.worker_extension_cls:
         raise UsageError("--worker-extension-cls is taken: score-serve checks its workers through it")
     if getattr(args, "grpc", False):
@@ -171,6 +182,9 @@ def apply_media_options(args: argparse.Namespace) -> None:
         video["max_bytes"] = MAX_DOWNLOAD_BYTES
     if args.max_frames is not None:
         video["num_frames"] = args.max_frames
+        if loader is None:
+            # vLLM picks a loader for Qwen that goes by rate and heeds this name only.
+            video["max_frames"] = args.max_frames
     if args.fps is not None:
         video["fps"] = args.fps
     asked = dict(given.get("video", {}))
@@ -178,6 +192,9 @@ def apply_media_options(args: argparse.Namespace) -> None:
         video.pop("max_bytes", None)  # a key of our loaders
         video.pop("video_backend", None)
     args.media_io_kwargs = {**given, "video": {**video, **asked}}
+    if "video" not in args.limit_mm_per_prompt:
+        # vLLM's default is 999: as many decoded videos as that would have to fit in memory at once.
+        args.limit_mm_per_prompt = {**args.limit_mm_per_prompt, "video": MAX_VIDEOS_PER_PROMPT}
 
 
 def apply_demo_defaults(args: argparse.Namespace, model: ResolvedModel) -> None:
@@ -206,12 +223,8 @@ def check_port(args: argparse.Namespace) -> None:
             raise UsageError(f"--port {args.port} cannot be used: {error.strerror}; choose another --port") from error
 
 
-def configure(args: argparse.Namespace, stats_dir: str | None = None) -> str | None:
+def configure(args: argparse.Namespace) -> str | None:
     """Fill vLLM's arguments from ours; returns a warning to print, or None.
-
-    Args:
-        args: parsed arguments, filled in place.
-        stats_dir: where workers leave their timings, see :class:`~score_vllm.config.ServingConfig`.
 
     Raises:
         UsageError: anything an operator can get wrong.
@@ -234,7 +247,7 @@ def configure(args: argparse.Namespace, stats_dir: str | None = None) -> str | N
     digest = ""
     if policy is not None:
         policy, digest = check_policy(policy, hidden_size)
-    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest, stats_dir)
+    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest)
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}

@@ -18,6 +18,7 @@ never by the CPU runner.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from score_vllm import methods
 from score_vllm.compressor import select_retained
 from score_vllm.config import ServingConfig
 from score_vllm.models.processing import grid_of, temporal_factor
-from score_vllm.models.timing import CompressorTimer
+from score_vllm.models.timing import STATS_VARIABLE, CompressorTimer
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import (
     POSITION_CHANNELS,
@@ -60,7 +61,7 @@ class VideoCompressor:
         self.serving = serving
         self.hidden_size = hidden_size
         # One worker per tensor-parallel group keeps the time, or every video would count several times.
-        self.timer = CompressorTimer(serving.stats_dir if get_tensor_model_parallel_rank() == 0 else None)
+        self.timer = CompressorTimer(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
         for name in serving.methods:
             methods.get(name)
         self.policy: RetentionPolicy | None = None
@@ -135,8 +136,14 @@ def check_engine_config(config: VllmConfig) -> None:
             f"SCORE does not support --pipeline-parallel-size {parallel.pipeline_parallel_size}: "
             "later stages would not see the positions of kept tokens; use --tensor-parallel-size"
         )
-    if getattr(parallel, "enable_dbo", False):
-        raise ValueError("SCORE does not support --enable-dbo: micro-batches would lose the positions of kept tokens")
+    if parallel.enable_dbo or parallel.use_ubatching:
+        raise ValueError(
+            "SCORE does not support --enable-dbo or micro-batches: they would lose the positions of kept tokens"
+        )
+    if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
+        raise ValueError(
+            "SCORE does not support --enable-tower-connector-lora: vLLM sizes the tower's adapters by kept tokens"
+        )
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in ("ngram", "suffix"):
         raise ValueError(
@@ -158,6 +165,7 @@ class CompressionModelMixin:
     requires_sequential_video_encoding = True
 
     compressor: VideoCompressor | None = None
+    _position_offsets: torch.Tensor
 
     def _setup_compression(self, vllm_config: VllmConfig) -> None:
         serving = ServingConfig.from_hf_config(vllm_config.model_config.hf_config)
@@ -172,7 +180,9 @@ class CompressionModelMixin:
         rows = max(scheduler.max_num_batched_tokens, captured)
         # [tokens of a step, 3]; all zero except in a step that has visual rows.
         device = vllm_config.device_config.device
-        self._position_offsets = torch.zeros(rows, 3, dtype=torch.int64, device=device)
+        offsets = torch.zeros(rows, 3, dtype=torch.int64, device=device)
+        # A buffer, so that vLLM's sleep mode keeps it; not persistent, so that no checkpoint has to hold it.
+        self.register_buffer("_position_offsets", offsets, persistent=False)  # type: ignore[attr-defined]
         self._offset_rows = 0
 
     def prompt_spans(self, mm_features: Sequence[Any]) -> list[VisualSpan]:
@@ -230,9 +240,10 @@ class CompressionModelMixin:
     ) -> Any:
         """The family's forward at the kept tokens' original positions [3, tokens]."""
         if self.compressor is not None and (self._offset_rows or _capturing(positions)):
-            # Out of place: the runner's buffer belongs to the runner. A captured graph replays this addition on
-            # whatever the offsets buffer then holds: zeros in a decode step.
-            positions = positions + self._position_offsets[: positions.shape[-1]].T
+            # In place: piecewise CUDA graphs read the address that they were captured with, the runner's buffer,
+            # which both runners write anew in every step. A fully captured graph replays this addition on whatever
+            # the offsets then are: zeros in a decode step.
+            positions += self._position_offsets[: positions.shape[-1]].T
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
 

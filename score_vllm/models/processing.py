@@ -15,6 +15,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from score_vllm.budget import check_retention_ratio, num_retained_tokens
 from score_vllm.config import ServingConfig
+from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import position_extent
 from score_vllm.types import VideoGrid
 
@@ -33,8 +34,8 @@ REPORT_KEY = "score"
 _ROTARY_TABLE_FACTOR = 4
 
 
-class RetentionFieldError(VLLMValidationError, ValueError):
-    """A client's ratio or method is wrong: 400 with the field's name in the server, ValueError for library users."""
+class RequestFieldError(VLLMValidationError, ValueError):
+    """A field of a request is wrong: 400 with its name in the server, ValueError for library users."""
 
     def __init__(self, message: str, field: str = RATIO_KEY) -> None:
         super().__init__(message, parameter=field)  # type: ignore[call-arg]
@@ -95,7 +96,13 @@ class CompressionProcessorMixin:
         self._video_token_id = info.get_tokenizer().get_vocab()[video_token]
         self._merge_size = config.vision_config.spatial_merge_size
         self._tokens_per_second = float(getattr(config.vision_config, "tokens_per_second", 1.0))
-        self._max_position = info.ctx.model_config.hf_text_config.max_position_embeddings * _ROTARY_TABLE_FACTOR
+        model_config = info.ctx.model_config
+        self._max_length = model_config.max_model_len
+        self._max_position = model_config.hf_text_config.max_position_embeddings * _ROTARY_TABLE_FACTOR
+        if self.serving is not None and self.serving.policy is not None and not self.serving.policy_digest:
+            # Outside score-serve nobody has worked it out; two policies must never share a cache entry.
+            digest = RetentionPolicy.from_pretrained(self.serving.policy).digest()
+            self.serving = replace(self.serving, policy_digest=digest)
 
     def _resolve_specs(self, inputs: Any) -> tuple[VideoSpec, ...]:
         """One spec per video of the request; the server's defaults where it names none."""
@@ -112,7 +119,7 @@ class CompressionProcessorMixin:
         if asked is None:
             return self.serving.method
         if asked not in self.serving.methods:
-            raise RetentionFieldError(
+            raise RequestFieldError(
                 f"{METHOD_KEY} must be one of {list(self.serving.methods)} on this server, got {asked!r}", METHOD_KEY
             )
         return asked
@@ -129,7 +136,7 @@ class CompressionProcessorMixin:
         if self.serving is None:
             for key in (RATIO_KEY, METHOD_KEY):
                 if key in inputs.hf_processor_mm_kwargs:
-                    raise RetentionFieldError(f"{key} was given, but this engine runs without SCORE compression", key)
+                    raise RequestFieldError(f"{key} was given, but this engine runs without SCORE compression", key)
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
         kwargs = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k not in (RATIO_KEY, METHOD_KEY)}
         kwargs[SPECS_KEY] = self._resolve_specs(inputs)
@@ -139,17 +146,18 @@ class CompressionProcessorMixin:
             result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
         finally:
             _reports.reset(token)
-        self._check_position_range(len(result["prompt_token_ids"]), reports)
+        self._check_position_range(reports)
         result[REPORT_KEY] = reports
         return result
 
-    def _check_position_range(self, num_tokens: int, reports: Sequence[VideoReport]) -> None:
-        """Positions outside the rotary table would read wild memory on a GPU: refuse them here."""
-        last = num_tokens + sum(report.position_extent for report in reports)
-        if last > self._max_position:
-            raise ValueError(
-                f"the video spans {last} positions and the model has {self._max_position}: "
-                "its duration is too long, or its frame rate metadata is wrong"
+    def _check_position_range(self, reports: Sequence[VideoReport]) -> None:
+        """Positions outside the rotary table would read wild memory: refuse what could reach them, decode included."""
+        spanned = sum(report.position_extent for report in reports)
+        if self._max_length + spanned > self._max_position:
+            raise RequestFieldError(
+                f"the videos span {spanned} positions, of which the model has {self._max_position - self._max_length} "
+                "beside its longest text: they last too long, or their frame rate metadata is wrong",
+                "video_url",
             )
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
@@ -238,7 +246,7 @@ def resolve_ratios(asked: Any, num_videos: int, default: float) -> tuple[float, 
         default: for None.
 
     Raises:
-        RetentionFieldError: a number out of range, not a number, or a list of another length.
+        RequestFieldError: a number out of range, not a number, or a list of another length.
     """
     if asked is None:
         return (default,) * num_videos
@@ -252,7 +260,7 @@ def resolve_ratios(asked: Any, num_videos: int, default: float) -> tuple[float, 
             )
         return tuple(check_retention_ratio(ratio, f"{RATIO_KEY}[{i}]") for i, ratio in enumerate(asked))
     except (TypeError, ValueError) as error:
-        raise RetentionFieldError(str(error)) from error
+        raise RequestFieldError(str(error)) from error
 
 
 def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict[str, Any]]:

@@ -158,6 +158,13 @@ def test_bad_method_is_a_400_that_names_the_known_ones(bad: Any, server: Server,
     assert "retention_method must be" in error["message"]
 
 
+def test_large_bodies_pass_other_routes_in_linear_time(server: Server) -> None:
+    """Collected once, in pieces, and only where the field could be meant."""
+    filler = b'{"model": "demo", "prompt": "' + b"x" * (32 << 20) + b'"}'
+    assert post(server, "/v1/completions", filler)[0] == 400, "too long a prompt for the model, said by vLLM"
+    assert post(server, "/no/such/route", filler)[0] == 404
+
+
 def test_text_only_request(server: Server) -> None:
     answer = chat(server, [{"role": "user", "content": "Hello"}], retention_ratio=0.5)
     assert answer.score["videos"] == []
@@ -313,6 +320,9 @@ def test_other_routes_refuse_the_field(path: str, body: dict[str, Any], server: 
         status, answer = post(server, path, {"model": "demo", field: value, **body})
         assert status == 400
         assert field in answer["error"]["message"]
+    assert post(server, path, json.dumps({"retention_ratio": 0.5, **body}).encode("utf-16"))[0] == 400
+    nested = b'{"model": "demo", "x": "\\u0041", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert post(server, path, nested)[0] == 400
     escaped = json.dumps({"model": "demo", "retention_ratio": 0.5, **body}).replace("retention_r", "retention\\u005fr")
     assert post(server, path, escaped.encode())[0] == 400
 
@@ -364,7 +374,7 @@ def test_metrics_count_what_happened(server: Server, fresh_clip: Path) -> None:
     assert grew("score_compressor_seconds_sum") > 0
 
 
-def test_concurrent_requests_agree_with_single_ones(server: Server, clips: dict[str, Path]) -> None:
+def test_concurrent_requests_keep_their_own_ratios(server: Server, clips: dict[str, Path]) -> None:
     """Different ratios in one batch do not leak into each other."""
     from concurrent.futures import ThreadPoolExecutor
 

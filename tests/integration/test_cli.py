@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from score_vllm import RetentionPolicy
-from score_vllm.server import arguments, options
+from score_vllm.server import arguments, cli, options
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,10 @@ def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
     assert video["max_pixels"] == 10_000_000
     assert args.media_io_kwargs["image"] == {"image_mode": "RGB"}
     args, _ = configure(parser, "--model", "demo", "--video-loader", "vllm", "--max-frames", "16")
-    assert args.media_io_kwargs["video"] == {"num_frames": 16}
+    assert args.media_io_kwargs["video"] == {"num_frames": 16, "max_frames": 16}, "vLLM's Qwen loader heeds the second"
+    assert args.limit_mm_per_prompt["video"] == 8
+    args, _ = configure(parser, "--model", "demo", "--limit-mm-per-prompt", '{"video": 2, "image": 3}')
+    assert args.limit_mm_per_prompt == {"video": 2, "image": 3}
 
 
 def test_a_model_without_policy_warns_and_names_the_trainer(parser: Any, tiny_model: Path) -> None:
@@ -132,6 +135,9 @@ def test_broken_policies(parser: Any, tiny_model: Path, tmp_path: Path) -> None:
         (("--pipeline-parallel-size", "2"), "--tensor-parallel-size"),
         (("--video-pruning-rate", "0.5"), "use --retention"),
         (("--worker-extension-cls", "a.B"), "--worker-extension-cls"),
+        (("--enable-dbo",), "--enable-dbo"),
+        (("--enable-tower-connector-lora",), "--enable-tower-connector-lora"),
+        (("--speculative-config", '{"method": "eagle", "model": "a/b", "num_speculative_tokens": 2}'), "'eagle'"),
     ],
 )
 def test_options_that_cannot_be_combined(parser: Any, argv: tuple[str, ...], message: str) -> None:

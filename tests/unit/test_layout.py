@@ -19,7 +19,7 @@ ROOMS = [
     {"kernels", "video"},
     {"policy", "positions"},
     {"methods", "compressor", "demo", "features"},
-    {"painting", "viz"},
+    {"painting", "viz", "video_process"},
     {"models"},
     {"plugin", "server", "train"},
 ]
