@@ -48,8 +48,8 @@ SCORE_CONFIGS: dict[tuple[str, int], tuple[ScoreConfig, ...]] = {
         ScoreConfig(128, 128, 64, 8, 3, tma=True),
         ScoreConfig(128, 64, 64, 4, 4, tma=True),
     ),
+    # 256 wide needs two accumulators in tensor memory before Triton 3.9: 528 of 512 columns, compiled to a trap.
     ("sm_100", 2): (
-        ScoreConfig(128, 256, 32, 8, 4, tma=True),
         ScoreConfig(128, 128, 64, 8, 3, tma=True),
         ScoreConfig(128, 64, 64, 4, 4, tma=True),
     ),

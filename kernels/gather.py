@@ -9,7 +9,7 @@ import triton.language as tl
 from score_vllm.kernels.inputs import DIGITS, POSITION_CHANNELS, PositionTable
 
 ROWS_PER_PROGRAM = 4
-NUM_WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["num_kept", "per_frame", "grid_w"])
@@ -86,6 +86,6 @@ def gather(x: torch.Tensor, indices: torch.Tensor, extra: torch.Tensor | Positio
     gather_kernel[grid](
         x, indices, values, out, num_kept, per_frame, grid_w, *x.stride(),
         D=d, CHANNELS=channels, DIGITS=DIGITS, PACK=pack, ROWS=ROWS_PER_PROGRAM, BLOCK_D=block_d,
-        BLOCK_C=triton.next_power_of_2(max(channels, 1)), num_warps=NUM_WARPS,
+        BLOCK_C=triton.next_power_of_2(max(channels, 1)), **OPTIONS,
     )  # fmt: skip
     return out

@@ -225,6 +225,7 @@ def launch_arguments(weights: PolicyWeights, config: ScoreConfig, tma: bool) -> 
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
     }
 
 
@@ -276,5 +277,5 @@ def score(x: torch.Tensor, weights: PolicyWeights) -> torch.Tensor:
         return partials[0]
     scores = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(num_rows, _COMBINE_BLOCK),)
-    combine_kernel[grid](partials, scores, num_rows, GROUPS=groups, BLOCK=_COMBINE_BLOCK)
+    combine_kernel[grid](partials, scores, num_rows, GROUPS=groups, BLOCK=_COMBINE_BLOCK, enable_fp_fusion=True)
     return scores

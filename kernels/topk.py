@@ -27,7 +27,7 @@ LOW_BITS = 10
 # One block size for every M: one variant to compile. 42 programs at the paper's size, 2000 at 2 million.
 BLOCK = 1024
 SCAN = 512
-NUM_WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -210,20 +210,20 @@ def select(partials: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, 
     grid = (num_blocks,)
     first_digit_kernel[grid](
         partials, scores, high, flag, num_rows,
-        GROUPS=groups, HIGH_BINS=HIGH_BINS, SHIFT=32 - HIGH_BITS, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        GROUPS=groups, HIGH_BINS=HIGH_BINS, SHIFT=32 - HIGH_BITS, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     second_digit_kernel[grid](
         scores, high, middle, num_rows, k,
-        HIGH_BINS=HIGH_BINS, HIGH_BITS=HIGH_BITS, LOW_BITS=LOW_BITS, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        HIGH_BINS=HIGH_BINS, HIGH_BITS=HIGH_BITS, LOW_BITS=LOW_BITS, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     third_digit_kernel[grid](
         scores, high, middle, low, at_least, num_rows, k, num_blocks,
         HIGH_BINS=HIGH_BINS, HIGH_BITS=HIGH_BITS, LOW_BINS=LOW_BINS, LOW_BITS=LOW_BITS, BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        **OPTIONS,
     )  # fmt: skip
     compact_kernel[grid](
         scores, high, middle, low, at_least, indices, num_rows, k, num_blocks,
-        HIGH_BINS=HIGH_BINS, LOW_BINS=LOW_BINS, LOW_BITS=LOW_BITS, BLOCK=BLOCK, SCAN=SCAN, num_warps=NUM_WARPS,
+        HIGH_BINS=HIGH_BINS, LOW_BINS=LOW_BINS, LOW_BITS=LOW_BITS, BLOCK=BLOCK, SCAN=SCAN, **OPTIONS,
     )  # fmt: skip
     has_nan = flag.view(torch.bool)[0]
     return indices, has_nan, scores
