@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from score_vllm.budget import check_retention_ratio
+
 FORMAT_VERSION = 1
 ACTIVATIONS = ("gelu",)
 
@@ -79,3 +81,65 @@ class PolicyConfig:
             return cls(**raw)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+# Attribute of the Hugging Face config that carries the serving configuration into every process of the engine.
+HF_CONFIG_KEY = "score"
+
+
+@dataclass(frozen=True, slots=True)
+class ServingConfig:
+    """How one server compresses. Travels as ``hf_overrides={"score": {...}}`` to every process of the engine.
+
+    Attributes:
+        retention_ratio: default rho for requests that name none, in (0, 1].
+        method: name of the selection method.
+        policy: directory of the retention policy, for ``method="score"``.
+        policy_digest: :meth:`score_vllm.policy.RetentionPolicy.digest` of that policy; part of every cache key.
+        stats_dir: where workers leave their compressor timings for the metrics page, or None.
+    """
+
+    retention_ratio: float = 1.0
+    method: str = "score"
+    policy: str | None = None
+    policy_digest: str = ""
+    stats_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "retention_ratio", check_retention_ratio(self.retention_ratio))
+        for name in ("method", "policy_digest"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"score config: {name} must be a string, got {getattr(self, name)!r}")
+        for name in ("policy", "stats_dir"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"score config: {name} must be a path or null, got {getattr(self, name)!r}")
+        if self.method == "score" and not self.policy:
+            raise ValueError("score config: method 'score' needs policy, the directory of a trained retention policy")
+
+    def to_overrides(self) -> dict[str, Any]:
+        """The value for vLLM's ``hf_overrides``."""
+        return {HF_CONFIG_KEY: asdict(self)}
+
+    @classmethod
+    def from_hf_config(cls, hf_config: Any) -> ServingConfig | None:
+        """Read it back; None where compression is not configured, so that the plug-in stays inert.
+
+        Raises:
+            ValueError: unknown keys or values out of range; the message names the key.
+        """
+        raw = getattr(hf_config, HF_CONFIG_KEY, None)
+        if raw is None:
+            return None
+        if not isinstance(raw, dict):
+            raise ValueError(f"score config must be an object, got {raw!r}")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(raw) - known):
+            raise ValueError(f"score config has unknown keys {unknown}; known keys are {sorted(known)}")
+        return cls(**raw)
+
+    def cache_key(self, retention_ratio: float) -> str:
+        """What makes two compressions of the same pixels differ; 1 and 1.0 give the same key.
+
+        K is a function of this ratio and of the grid, which the pixels and the processor's options determine.
+        """
+        return f"{self.method}:{self.policy_digest}:{float(retention_ratio)!r}"

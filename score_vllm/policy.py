@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -51,12 +52,14 @@ class RetentionPolicy(torch.nn.Module):
         width = default_policy_width(hidden_size) if policy_width is None else policy_width
         self.config = PolicyConfig(hidden_size, width, model_id=model_id, use_residual=use_residual)
         inputs = hidden_size * (2 if use_residual else 1)
-        generator = torch.Generator().manual_seed(seed)
-        self.w_in = torch.nn.Parameter(torch.randn(width, inputs, generator=generator) / inputs**0.5)
-        self.b_in = torch.nn.Parameter(torch.zeros(width))
-        self.w_out = torch.nn.Parameter(torch.randn(width, generator=generator) / width**0.5)
-        bias = torch.logit(torch.tensor([initial_keep_probability], dtype=torch.float64))
-        self.b_out = torch.nn.Parameter(bias.float())
+        generator = torch.Generator("cpu").manual_seed(seed)
+        # Said outright: vLLM builds models under another default device and dtype.
+        plain: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        self.w_in = torch.nn.Parameter(torch.randn(width, inputs, generator=generator, **plain) / inputs**0.5)
+        self.b_in = torch.nn.Parameter(torch.zeros(width, **plain))
+        self.w_out = torch.nn.Parameter(torch.randn(width, generator=generator, **plain) / width**0.5)
+        bias = math.log(initial_keep_probability / (1.0 - initial_keep_probability))
+        self.b_out = torch.nn.Parameter(torch.full((1,), bias, **plain))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Retention logits; ``sigmoid`` of them is p of paper eq. 4.
@@ -147,7 +150,7 @@ class RetentionPolicy(torch.nn.Module):
             FileNotFoundError: no such directory, a file is missing, or the hub does not have it.
             ValueError: a file is malformed, a weight has the wrong shape, or weights are not finite.
         """
-        directory = _resolve_directory(source, revision)
+        directory = resolve_directory(source, revision)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"policy directory {directory} lacks {name}; is it half-written?")
@@ -169,7 +172,12 @@ class RetentionPolicy(torch.nn.Module):
         return policy.eval()
 
 
-def _resolve_directory(source: str | os.PathLike[str], revision: str | None) -> Path:
+def resolve_directory(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local directory of a policy, fetched from the hub where ``source`` is a hub id.
+
+    Raises:
+        FileNotFoundError: no such directory and no such repository.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path

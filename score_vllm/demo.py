@@ -1,0 +1,270 @@
+"""The embedded demo model: the Qwen2.5-VL architecture, small enough for seconds on two cores.
+
+Its weights are seeded random numbers, so its answers are noise; everything around them is real: the processor,
+the special tokens, the chat format, the positions, the token counts. The whole recipe is this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Raise when the recipe changes what is written.
+RECIPE_VERSION = 2
+SEED = 20260323
+MODEL_FOLDER = "model"
+POLICY_FOLDER = "policy"
+
+# Qwen2's special tokens, in the order of its vocabulary.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# The format of Qwen2.5-VL's conversations, written anew: a default system turn, vision spans, no tools.
+CHAT_TEMPLATE = """
+{%- if messages[0]['role'] != 'system' -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') or 'image' in part -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] in ('video', 'video_url') or 'video' in part -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- elif 'text' in part -%}{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+""".strip("\n")
+
+# Sizes of the demo; tests override single entries through build_model(...).
+TEXT_CONFIG: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+    "tie_word_embeddings": False,
+}
+VISION_CONFIG: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [1],
+    "out_hidden_size": 128,
+    "tokens_per_second": 2,
+}
+# Pixels per image or frame, between 4 and 192 merged tokens.
+PIXELS = {"shortest_edge": 4 * 28 * 28, "longest_edge": 192 * 28 * 28}
+
+
+def cache_directory() -> Path:
+    """Where built models live: ``$SCORE_CACHE``, else ``$XDG_CACHE_HOME/score-vllm``, else ``~/.cache/score-vllm``."""
+    if explicit := os.environ.get("SCORE_CACHE"):
+        return Path(explicit).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "score-vllm"
+
+
+def ensure_demo(cache: Path | None = None) -> tuple[Path, Path]:
+    """Build the demo model and its policy at first use; later calls only look.
+
+    Safe against two starts at once (a file lock) and against a kill half-way (built aside, then renamed).
+
+    Args:
+        cache: the cache directory; by default :func:`cache_directory`.
+
+    Returns:
+        ``(model directory, policy directory)``.
+
+    Raises:
+        OSError: the cache directory cannot be written.
+    """
+    from filelock import FileLock
+
+    root = cache or cache_directory()
+    home = root / f"demo-{_recipe_digest()}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(home) + ".lock"):
+        if not home.is_dir():
+            staging = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=root))
+            try:
+                build_model(staging / MODEL_FOLDER)
+                build_policy(staging / POLICY_FOLDER)
+                staging.chmod(0o755)
+                os.replace(staging, home)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return home / MODEL_FOLDER, home / POLICY_FOLDER
+
+
+def ensure_demo_clip(home: Path) -> Path:
+    """A six-second sample clip beside the demo model: a disc crosses a textured ground.
+
+    Args:
+        home: the demo's folder in the cache.
+
+    Returns:
+        Path of the mp4 file; written once, atomically.
+    """
+    import av
+    import numpy as np
+
+    path = home / "clip.mp4"
+    if path.is_file():
+        return path
+    height, width, count, fps = 180, 320, 60, 10
+    ground = np.random.default_rng(SEED).integers(40, 110, (height // 4, width // 4, 3), dtype=np.uint8)
+    ground = ground.repeat(4, axis=0).repeat(4, axis=1)
+    rows, columns = np.mgrid[:height, :width]
+    handle, name = tempfile.mkstemp(suffix=".mp4", dir=home)
+    os.close(handle)
+    with av.open(name, "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(count):
+            picture = ground.copy()
+            centre = 30 + (width - 60) * i / (count - 1)
+            picture[(columns - centre) ** 2 + (rows - height / 2) ** 2 < 24**2] = (230, 60, 40)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+    return path
+
+
+def _recipe_digest() -> str:
+    recipe = [RECIPE_VERSION, SEED, SPECIAL_TOKENS, CHAT_TEMPLATE, TEXT_CONFIG, VISION_CONFIG, PIXELS]
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def build_policy(directory: Path) -> None:
+    """Write the demo's retention policy: seeded random weights, and its config says so."""
+    from score_vllm.policy import RetentionPolicy
+
+    policy = RetentionPolicy(TEXT_CONFIG["hidden_size"], model_id="demo", seed=SEED)
+    policy.save_pretrained(directory, origin="seeded random weights, not trained", seed=SEED)
+
+
+def build_tokenizer() -> Any:
+    """A byte-level tokenizer (256 bytes, no merges) with Qwen's special tokens and a Qwen-style chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2TokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return Qwen2TokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        bos_token=None,
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=TEXT_CONFIG["max_position_embeddings"],
+    )
+
+
+def build_model(
+    directory: Path,
+    *,
+    seed: int = SEED,
+    dtype: str = "bfloat16",
+    text_config: dict[str, Any] | None = None,
+    vision_config: dict[str, Any] | None = None,
+) -> None:
+    """Write a complete Qwen2.5-VL checkpoint with seeded random weights.
+
+    Args:
+        directory: created; gets config, safetensors weights, tokenizer, processor and generation config.
+        seed: of the weights.
+        dtype: of the stored weights, a torch dtype name.
+        text_config: overrides of :data:`TEXT_CONFIG`.
+        vision_config: overrides of :data:`VISION_CONFIG`.
+    """
+    import torch
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = build_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **TEXT_CONFIG,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": ids["<|im_end|>"],
+            "bos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            **(text_config or {}),
+        },
+        vision_config={**VISION_CONFIG, **(vision_config or {})},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        # Larger than the usual 0.02: attention must depend on content and position for tests to see either.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    fan_in = parameter[0].numel()
+                    parameter.normal_(0.0, fan_in**-0.5)
+    model.to(getattr(torch, dtype))
+    directory.mkdir(parents=True)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+    )
+    model.save_pretrained(directory)
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=PIXELS),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=PIXELS, cap_pixels_per_frame=False),
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(directory)

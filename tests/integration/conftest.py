@@ -1,0 +1,102 @@
+"""One vLLM engine on the CPU, in this process, shared by the tier."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_PLUGINS="score",
+    VLLM_LOGGING_LEVEL="WARNING",
+)
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from score_vllm.config import ServingConfig
+
+# Every request is cut into chunks of this many tokens, so boundaries fall inside videos all the time.
+CHUNK = 16
+
+
+@dataclass
+class Engine:
+    """The engine and what passed through its compressor."""
+
+    llm: Any
+    compressed: list[tuple[torch.Tensor, Any, float, int]] = field(default_factory=list)
+    images: list[torch.Tensor] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.compressed.clear()
+        self.images.clear()
+        self.positions.clear()
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
+    """A compressed engine in fp32 with tiny prefill chunks and prefix caching."""
+    pytest.importorskip("vllm")
+    from vllm import LLM
+
+    serving = ServingConfig(retention_ratio=0.1, method="score", policy=str(tiny_policy))
+    llm = LLM(
+        model=str(tiny_model),
+        hf_overrides=serving.to_overrides(),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=4,
+        enable_prefix_caching=True,
+        block_size=32,
+        max_logprobs=-1,
+        seed=0,
+    )
+    made = Engine(llm)
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    compress, process_image = model.compressor.compress, model._process_image_input
+    inner_forward = model.language_model.model.forward
+
+    def spy_compress(x: torch.Tensor, grid: Any, t_factor: float, num_retained: int) -> torch.Tensor:
+        made.compressed.append((x.clone(), grid, t_factor, num_retained))
+        return compress(x, grid, t_factor, num_retained)
+
+    def spy_image(image_input: Any) -> Any:
+        out = process_image(image_input)
+        made.images.extend(rows.clone() for rows in out)
+        return out
+
+    def spy_forward(*args: Any, **kwargs: Any) -> Any:
+        made.positions.append(kwargs["positions"].clone())
+        return inner_forward(*args, **kwargs)
+
+    model.compressor.compress = spy_compress
+    model._process_image_input = spy_image
+    model.language_model.model.forward = spy_forward
+    return made
+
+
+def make_video(
+    num_frames: int, height: int, width: int, seed: int, seconds_per_cell: float = 1.0
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Random frames with metadata that gives exactly this many seconds per temporal cell."""
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+    fps = 2.0 / seconds_per_cell
+    metadata = {
+        "total_num_frames": num_frames,
+        "fps": fps,
+        "duration": num_frames / fps,
+        "video_backend": "test",
+        "frames_indices": list(range(num_frames)),
+        "do_sample_frames": False,
+    }
+    return frames, metadata

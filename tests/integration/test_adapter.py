@@ -1,0 +1,142 @@
+"""What the adapter refuses, and the loaders in vLLM's registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+from score_vllm import RetentionPolicy
+from score_vllm.models import video_loaders
+from score_vllm.models.adapter import check_engine_config, load_policy
+from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram
+from score_vllm.server import endpoints
+from score_vllm.video import VideoError
+
+
+def engine_config(**changes: Any) -> Any:
+    options: dict[str, Any] = {"pipeline": 1, "dbo": False, "speculative": None, "pruning": None, **changes}
+    multimodal = SimpleNamespace(video_pruning_rate=options["pruning"])
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=options["pipeline"], enable_dbo=options["dbo"]),
+        speculative_config=options["speculative"],
+        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
+    )
+
+
+def test_plain_engine_is_accepted() -> None:
+    check_engine_config(engine_config())
+    check_engine_config(engine_config(speculative=SimpleNamespace(method="ngram")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pipeline": 2}, "--pipeline-parallel-size 2"),
+        ({"dbo": True}, "--enable-dbo"),
+        ({"speculative": SimpleNamespace(method="eagle")}, "'eagle'"),
+        ({"pruning": 0.5}, "--video-pruning-rate 0.5"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_engine_config(engine_config(**change))
+
+
+def test_policy_must_fit_the_model(tmp_path: Path) -> None:
+    RetentionPolicy(48).save_pretrained(tmp_path / "p")
+    assert load_policy(str(tmp_path / "p"), 48).config.hidden_size == 48
+    with pytest.raises(ValueError, match=r"hidden size 48, but the model has hidden size 3584"):
+        load_policy(str(tmp_path / "p"), 3584)
+
+
+@pytest.mark.parametrize("name", [video_loaders.PYAV_LOADER, video_loaders.DECORD_LOADER, "opencv"])
+def test_loaders_read_the_same_clip(name: str, clips: dict[str, Path]) -> None:
+    if name == video_loaders.DECORD_LOADER:
+        pytest.importorskip("decord")
+    loader = VIDEO_LOADER_REGISTRY.load(name)
+    frames, metadata = loader.load_bytes(clips["plain"].read_bytes(), num_frames=12, fps=2)
+    assert frames.shape == (12, 120, 160, 3)
+    assert frames.dtype == np.uint8
+    assert metadata["total_num_frames"] == 48
+    assert metadata["do_sample_frames"] is False
+    reference, _ = VIDEO_LOADER_REGISTRY.load(video_loaders.PYAV_LOADER).load_bytes(
+        clips["plain"].read_bytes(), num_frames=12, fps=2
+    )
+    if name == video_loaders.DECORD_LOADER:
+        assert np.abs(frames.astype(int) - reference.astype(int)).mean() < 4, "the same frames, another converter"
+
+
+@pytest.mark.parametrize("name", [video_loaders.PYAV_LOADER, video_loaders.DECORD_LOADER])
+@pytest.mark.parametrize("broken", ["empty", "not_a_video", "audio", "truncated", "playlist"])
+def test_our_loaders_refuse_broken_files(name: str, broken: str, clips: dict[str, Path]) -> None:
+    with pytest.raises(VideoError):
+        VIDEO_LOADER_REGISTRY.load(name).load_bytes(clips[broken].read_bytes())
+
+
+def test_loader_options_are_checked(clips: dict[str, Path]) -> None:
+    loader = VIDEO_LOADER_REGISTRY.load(video_loaders.PYAV_LOADER)
+    data = clips["plain"].read_bytes()
+    with pytest.raises(ValueError, match=r"unknown keys \['quality'\]"):
+        loader.load_bytes(data, quality=3)
+    with pytest.raises(VideoError, match="max_pixels = 64"):
+        loader.load_bytes(data, max_pixels=64)
+
+
+def test_downloads_stop_at_our_cap() -> None:
+    """vLLM asks the media class for a size limit while it downloads; its own answer is None."""
+    media = VideoMediaIO(ImageMediaIO(), video_backend=video_loaders.PYAV_LOADER, max_bytes=1234)
+    assert media.get_max_bytes() == 1234
+    assert VideoMediaIO(ImageMediaIO(), video_backend="opencv").get_max_bytes() is None
+
+
+def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for pid, seconds in ((1, (0.0001, 0.003)), (2, (100.0,))):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        timer = CompressorTimer(str(tmp_path))
+        timer._record(55.0)
+        timer.reset()
+        for value in seconds:
+            timer._record(value)
+    counts, total = read_histogram(tmp_path)
+    assert len(counts) == len(BUCKETS) + 1
+    assert counts[0] == 1
+    assert counts[BUCKETS.index(0.005)] == 1
+    assert counts[-1] == 1
+    assert sum(counts) == 3
+    assert total == pytest.approx(100.0031)
+    with CompressorTimer(None).measure(torch.device("cpu")):
+        pass
+    assert sum(read_histogram(tmp_path / "nowhere")[0]) == 0
+
+
+def test_events_without_choices_stay_as_they_are() -> None:
+    error = 'data: {"error": {"message": "late"}}\n\n'
+    assert endpoints._with_score(error, {"method": "x"}) == error
+
+
+@pytest.mark.parametrize("chunks", [[": ping\n\n"], []])
+def test_streams_without_answers_pass_through(chunks: list[str]) -> None:
+    import asyncio
+
+    async def events() -> Any:
+        for chunk in [*chunks, "data: [DONE]\n\n"]:
+            yield chunk
+
+    async def collect() -> list[str]:
+        from score_vllm.config import ServingConfig
+
+        context = endpoints._RequestContext(None)
+        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), context)]
+
+    assert asyncio.run(collect()) == [*chunks, "data: [DONE]\n\n"]

@@ -1,0 +1,184 @@
+"""score-serve's own arguments, up to the point where the engine would start."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from score_vllm import RetentionPolicy
+from score_vllm.server import cli
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    return cli.build_parser()
+
+
+@pytest.fixture(autouse=True)
+def _demo_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("SCORE_CACHE", str(tmp_path_factory.getbasetemp() / "cli-cache"))
+
+
+def configure(parser: Any, *argv: str) -> tuple[argparse.Namespace, str | None]:
+    args = parser.parse_args(list(argv))
+    return args, cli.configure(args)
+
+
+def test_demo(parser: Any) -> None:
+    args, warning = configure(parser, "--model", "demo", "--retention", "0.25")
+    serving = args.hf_overrides["score"]
+    assert warning is None
+    assert (serving["retention_ratio"], serving["method"]) == (0.25, "score")
+    assert len(serving["policy_digest"]) == 64
+    assert Path(serving["policy"]).is_dir()
+    assert args.served_model_name == ["demo"]
+    assert args.media_io_kwargs["video"]["video_backend"] == "score_pyav"
+    assert args.media_io_kwargs["video"]["num_frames"] == 128
+
+
+def test_defaults_are_the_documented_ones(parser: Any) -> None:
+    args, _ = configure(parser, "--model", "demo")
+    assert args.hf_overrides["score"]["retention_ratio"] == 0.1
+
+
+@pytest.mark.parametrize("size", ["3B", "7B", "32B", "72B"])
+def test_short_names(size: str) -> None:
+    model = cli.resolve_model(f"Qwen2.5-VL-{size}")
+    assert model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
+    assert model.served_names == [f"Qwen2.5-VL-{size}", model.path]
+    with pytest.raises(cli.UsageError, match="did you mean"):
+        cli.resolve_model(f"qwen2.5-vl-{size}")
+
+
+def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
+    media = json.dumps({"video": {"max_pixels": 10_000_000}, "image": {"image_mode": "RGB"}})
+    args, _ = configure(
+        parser,
+        "--model",
+        "demo",
+        "--max-frames",
+        "64",
+        "--fps",
+        "1",
+        "--video-loader",
+        "decord",
+        "--media-io-kwargs",
+        media,
+    )
+    video = args.media_io_kwargs["video"]
+    assert (video["video_backend"], video["num_frames"], video["fps"]) == ("score_decord", 64, 1.0)
+    assert video["max_pixels"] == 10_000_000
+    assert args.media_io_kwargs["image"] == {"image_mode": "RGB"}
+    args, _ = configure(parser, "--model", "demo", "--video-loader", "vllm", "--max-frames", "16")
+    assert args.media_io_kwargs["video"] == {"num_frames": 16}
+
+
+def test_a_model_without_policy_warns_and_names_the_trainer(parser: Any, tiny_model: Path) -> None:
+    args, warning = configure(parser, "--model", str(tiny_model))
+    assert args.hf_overrides["score"]["method"] == cli.TRAINING_FREE_METHOD
+    assert warning is not None
+    assert "python -m score_vllm.train" in warning
+    assert args.served_model_name == [str(tiny_model)]
+
+
+def test_other_overrides_survive(parser: Any, tiny_model: Path, tiny_policy: Path) -> None:
+    args, _ = configure(
+        parser, "--model", str(tiny_model), "--policy", str(tiny_policy), "--hf-overrides", '{"rope_theta": 5.0}'
+    )
+    assert args.hf_overrides["rope_theta"] == 5.0
+    assert args.hf_overrides["score"]["policy"] == str(tiny_policy.resolve())
+
+
+def refused(parser: Any, *argv: str) -> str:
+    with pytest.raises(cli.UsageError) as caught:
+        configure(parser, *argv)
+    message = str(caught.value)
+    assert "\n" not in message.strip()
+    return message
+
+
+def test_score_without_policy(parser: Any, tiny_model: Path) -> None:
+    assert "needs --policy" in refused(parser, "--model", str(tiny_model), "--method", "score")
+
+
+def test_policy_with_another_method(parser: Any, tiny_model: Path, tiny_policy: Path) -> None:
+    message = refused(parser, "--model", str(tiny_model), "--method", "uniform", "--policy", str(tiny_policy))
+    assert "drop one of them" in message
+
+
+def test_policy_of_another_hidden_size_names_both(parser: Any, tiny_model: Path, tmp_path: Path) -> None:
+    RetentionPolicy(96).save_pretrained(tmp_path / "other")
+    message = refused(parser, "--model", str(tiny_model), "--policy", str(tmp_path / "other"))
+    assert "hidden size 96" in message
+    assert "hidden size 128" in message
+
+
+def test_broken_policies(parser: Any, tiny_model: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused(parser, "--model", str(tiny_model), "--policy", str(tmp_path / "none"))
+    half = RetentionPolicy(128).save_pretrained(tmp_path / "half")
+    (half / "policy.safetensors").unlink()
+    assert "half-written" in refused(parser, "--model", str(tiny_model), "--policy", str(half))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--pipeline-parallel-size", "2"), "--tensor-parallel-size"),
+        (("--video-pruning-rate", "0.5"), "use --retention"),
+        (("--worker-extension-cls", "a.B"), "--worker-extension-cls"),
+    ],
+)
+def test_options_that_cannot_be_combined(parser: Any, argv: tuple[str, ...], message: str) -> None:
+    assert message in refused(parser, "--model", "demo", *argv)
+
+
+def test_unreadable_and_unsupported_models(parser: Any, tmp_path: Path) -> None:
+    assert "cannot read the configuration" in refused(parser, "--model", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    message = refused(parser, "--model", str(tmp_path))
+    assert "GPT2LMHeadModel" in message
+    assert "Qwen2_5_VLForConditionalGeneration" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--retention", "0"), "(0, 1]"),
+        (("--retention", "1.5"), "(0, 1]"),
+        (("--retention", "nan"), "(0, 1]"),
+        (("--retention", "ten percent"), "(0, 1]"),
+        (("--max-frames", "0"), ">= 1"),
+        (("--max-frames", "2.5"), ">= 1"),
+        (("--fps", "-1"), "(0, 240]"),
+        (("--fps", "inf"), "(0, 240]"),
+        (("--method", "magic"), "invalid choice"),
+        (("--video-loader", "vlc"), "invalid choice"),
+    ],
+)
+def test_bad_values(parser: Any, argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "demo", *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_setting_the_allow_list_keeps_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    cli.check_plugins()
+    names = set(cli.os.environ["VLLM_PLUGINS"].split(","))
+    assert "score" in names
+    for group in cli.DEFAULT_ON_GROUPS:
+        assert {point.name for point in cli.entry_points(group=group)} <= names
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    cli.check_plugins()
+    assert cli.os.environ["VLLM_PLUGINS"] == "other,score"
+
+
+def test_a_missing_entry_point_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
+    with pytest.raises(cli.UsageError, match="is missing"):
+        cli.check_plugins()

@@ -1,0 +1,313 @@
+"""vLLM's outputs equal transformers' on the kept rows at their original positions: guards everything that serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from score_vllm import RetentionPolicy, num_retained_tokens, select_tokens
+
+vllm = pytest.importorskip("vllm")
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from vllm import SamplingParams  # noqa: E402
+
+from .conftest import CHUNK, Engine, make_video  # noqa: E402
+from .oracle import VisualItem, greedy  # noqa: E402
+
+VIDEO, IMAGE = "<|vision_start|><|video_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+TOKENS_PER_SECOND = 2
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def generate(
+    engine: Engine,
+    prompt: str | list[int],
+    videos: list[Any] | None = None,
+    images: list[Any] | None = None,
+    ratio: Any = None,
+    num_tokens: int = 8,
+) -> Any:
+    data: dict[str, Any] = {}
+    if videos:
+        data["video"] = videos
+    if images:
+        data["image"] = images
+    request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    if data:
+        request["multi_modal_data"] = data
+    if ratio is not None:
+        request["mm_processor_kwargs"] = {"retention_ratio": ratio}
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, logprobs=-1, ignore_eos=True)
+    (output,) = engine.llm.generate([request], params, use_tqdm=False)
+    return output
+
+
+def oracle_prompt(
+    tokenizer: Any, prompt: str, engine: Engine, ratios: list[float], policy: RetentionPolicy
+) -> list[int | VisualItem]:
+    """The same prompt for the oracle, with features captured from the engine and selection by the library."""
+    videos, images = iter(zip(engine.compressed, ratios, strict=True)), iter(engine.images)
+    parts: list[int | VisualItem] = []
+    for token in tokenizer(prompt).input_ids:
+        if token == tokenizer.convert_tokens_to_ids("<|video_pad|>"):
+            (x, grid, t_factor, _), ratio = next(videos)
+            kept = select_tokens(x.view(grid.t, grid.h * grid.w, -1), ratio, policy=policy).indices
+            assert len(kept) == num_retained_tokens(grid.num_tokens, ratio)
+            parts.append(VisualItem(x, (grid.t, grid.h, grid.w), t_factor, kept))
+        elif token == tokenizer.convert_tokens_to_ids("<|image_pad|>"):
+            rows = next(images)
+            side = int(len(rows) ** 0.5)
+            assert side * side == len(rows), "the tests use square images"
+            parts.append(VisualItem(rows, (1, side, side), 1.0, torch.arange(len(rows))))
+        else:
+            parts.append(token)
+    return parts
+
+
+def check(output: Any, first: torch.Tensor, generated: list[int]) -> None:
+    ours = output.outputs[0]
+    logprobs = torch.tensor([ours.logprobs[0][i].logprob for i in range(len(first))])
+    torch.testing.assert_close(logprobs, first, atol=1e-4, rtol=0)
+    assert list(ours.token_ids) == generated
+
+
+SQUARE_IMAGE = np.random.default_rng(7).integers(0, 256, (84, 84, 3), dtype=np.uint8)
+
+CASES: dict[str, tuple[str, list[dict[str, Any]], int, list[float] | None]] = {
+    # prompt, videos, images, per-video ratios (None: run at 1.0, 0.4 and 0.1)
+    "one video": (
+        SYSTEM + f"<|im_start|>user\n{VIDEO}What happens?<|im_end|>\n<|im_start|>assistant\n",
+        [{"num_frames": 16, "height": 84, "width": 112}],
+        0,
+        None,
+    ),
+    "video first": (f"{VIDEO}What?", [{"num_frames": 12, "height": 84, "width": 84}], 0, None),
+    "video token at slot 0": ("<|video_pad|>What?", [{"num_frames": 12, "height": 84, "width": 84}], 0, None),
+    "text video text": (
+        f"First some text. {VIDEO} And a lot more text after it, longer than one chunk of the prefill.",
+        [{"num_frames": 10, "height": 112, "width": 56}],
+        0,
+        None,
+    ),
+    "video at the end": (
+        f"Look: {VIDEO}"[: -len("<|vision_end|>")],
+        [{"num_frames": 10, "height": 84, "width": 84}],
+        0,
+        None,
+    ),
+    "two videos, two ratios": (
+        f"A {VIDEO} and B {VIDEO}: compare.",
+        [{"num_frames": 12, "height": 84, "width": 84}, {"num_frames": 8, "height": 56, "width": 140}],
+        0,
+        [0.4, 0.1],
+    ),
+    "image before and after": (
+        f"{IMAGE} then {VIDEO} then {IMAGE} end.",
+        [{"num_frames": 12, "height": 84, "width": 84}],
+        2,
+        None,
+    ),
+    "half a second per cell": (
+        f"Q {VIDEO} A",
+        [{"num_frames": 20, "height": 84, "width": 84, "seconds_per_cell": 0.5}],
+        0,
+        None,
+    ),
+    "fractional positions": (
+        f"Q {VIDEO} A",
+        [{"num_frames": 20, "height": 84, "width": 84, "seconds_per_cell": 0.35}],
+        0,
+        None,
+    ),
+    "56 seconds per cell, ids beyond 4096": (
+        f"Q {VIDEO} A",
+        [{"num_frames": 80, "height": 56, "width": 84, "seconds_per_cell": 56.0}],
+        0,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_oracle(
+    name: str, engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path, request: pytest.FixtureRequest
+) -> None:
+    prompt, sizes, num_images, per_video = CASES[name]
+    policy = RetentionPolicy.from_pretrained(tiny_policy)
+    for run, ratio in enumerate([per_video] if per_video else [1.0, 0.4, 0.1]):
+        seed = 1000 * list(CASES).index(name) + 10 * run
+        videos = [make_video(seed=seed + i, **size) for i, size in enumerate(sizes)]
+        images = [np.roll(SQUARE_IMAGE, seed + i, axis=0) for i in range(num_images)]
+        engine.clear()
+        output = generate(engine, prompt, videos, images, ratio)
+        ratios = per_video or [ratio] * len(videos)
+        kept = sum(
+            num_retained_tokens(g.num_tokens, r) for (_, g, _, _), r in zip(engine.compressed, ratios, strict=True)
+        )
+        video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        assert list(output.prompt_token_ids).count(video_id) == kept
+        first, generated = greedy(reference, oracle_prompt(tokenizer, prompt, engine, ratios, policy), 8)
+        check(output, first, generated)
+        if "4096" in name:
+            assert max(int(p.max()) for p in engine.positions) > 4096
+
+
+def test_every_chunk_boundary(engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path) -> None:
+    """The video slides by one token through the prefill chunks: each of its slots becomes a boundary once."""
+    policy = RetentionPolicy.from_pretrained(tiny_policy)
+    for shift in range(CHUNK):
+        prompt = "x" * shift + f"{VIDEO}?"
+        video = make_video(8, 84, 84, seed=5000 + shift)
+        engine.clear()
+        output = generate(engine, prompt, [video], ratio=0.6, num_tokens=2)
+        assert engine.compressed[0][3] > CHUNK, "the kept video must be longer than a chunk"
+        first, generated = greedy(reference, oracle_prompt(tokenizer, prompt, engine, [0.6], policy), 2)
+        check(output, first, generated)
+
+
+def test_second_turn_hits_the_prefix_cache(engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path) -> None:
+    policy = RetentionPolicy.from_pretrained(tiny_policy)
+    video = make_video(16, 84, 112, seed=6000)
+    opening = f"<|im_start|>user\n{VIDEO}What happens?<|im_end|>\n<|im_start|>assistant\n"
+    engine.clear()
+    answer = generate(engine, opening, [video], ratio=0.4).outputs[0].text
+    second = opening + answer + "<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n<|im_start|>assistant\n"
+    output = generate(engine, second, [video], ratio=0.4)
+    retained = engine.compressed[0][3]
+    assert output.num_cached_tokens > retained, "the whole video must come from the prefix cache"
+    assert len(engine.compressed) == 1, "the video must not be encoded again"
+    first, generated = greedy(reference, oracle_prompt(tokenizer, second, engine, [0.4], policy), 8)
+    check(output, first, generated)
+
+
+def test_ratios_never_share_cache_entries(engine: Engine) -> None:
+    """The same video at another ratio is another item; 1 and 1.0 are the same."""
+    video = make_video(8, 84, 84, seed=7000)
+    prompt = f"{VIDEO}Which?"
+    engine.clear()
+    counts = [len(generate(engine, prompt, [video], ratio=r, num_tokens=1).prompt_token_ids) for r in (0.4, 0.1, 1)]
+    assert len(set(counts)) == 3
+    assert len(engine.compressed) == 3
+    again = generate(engine, prompt, [video], ratio=1.0, num_tokens=1)
+    assert len(engine.compressed) == 3, "1 and 1.0 must share an entry"
+    assert again.num_cached_tokens > 0
+    fresh = generate(engine, prompt, [video], ratio=0.25, num_tokens=1)
+    video_slots_cached = fresh.num_cached_tokens - 1 > 0
+    assert not video_slots_cached, "a new ratio must not find another ratio's video in the prefix cache"
+
+
+def test_decode_does_no_position_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the prompt is through, no step touches the offsets, unpacks digits or asks for positions."""
+    from score_vllm.models import adapter
+
+    model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    steps: list[tuple[int, int]] = []
+    unpacked = 0
+    original = adapter.unpack_offsets
+
+    def count(channels: torch.Tensor) -> torch.Tensor:
+        nonlocal unpacked
+        unpacked += 1
+        return original(channels)
+
+    monkeypatch.setattr(adapter, "unpack_offsets", count)
+    inner = model.language_model.model.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        steps.append((kwargs["positions"].shape[-1], model._offset_rows))
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(model.language_model.model, "forward", spy)
+    generate(engine, f"{VIDEO}Count.", [make_video(8, 84, 84, seed=8000)], ratio=0.5, num_tokens=8)
+    decode = steps[-7:]
+    assert all(rows == 0 for _, rows in decode)
+    assert any(rows > 0 for _, rows in steps[:-7])
+    in_prefill = unpacked
+    assert 0 < in_prefill <= len(steps) - 7
+    assert not model._position_offsets.any()
+
+
+def test_literal_placeholder_in_text_does_not_shift_the_video(
+    engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path
+) -> None:
+    """A client may write the placeholder itself; vLLM fills the first, and ours must stand exactly there."""
+    policy = RetentionPolicy.from_pretrained(tiny_policy)
+    prompt = f"{VIDEO}Say <|image_pad|> and go."
+    engine.clear()
+    output = generate(engine, prompt, [make_video(8, 84, 84, seed=8100)], ratio=0.4)
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    parts: list[Any] = []
+    x, grid, t_factor, _ = engine.compressed[0]
+    for token in tokenizer(prompt).input_ids:
+        if token == tokenizer.convert_tokens_to_ids("<|video_pad|>"):
+            kept = select_tokens(x.view(grid.t, grid.h * grid.w, -1), 0.4, policy=policy).indices
+            parts.append(VisualItem(x, (grid.t, grid.h, grid.w), t_factor, kept))
+        else:
+            parts.append(token)
+    assert image_id in parts
+    check(output, *greedy(reference, parts, 8))
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.5, float("nan"), float("inf"), "0.5", True, [0.5, 0.5], []])
+def test_bad_ratio_is_refused_and_the_next_request_works(engine: Engine, bad: Any) -> None:
+    video = make_video(8, 56, 56, seed=9000)
+    with pytest.raises((ValueError, TypeError), match="retention_ratio"):
+        generate(engine, f"{VIDEO}?", [video], ratio=bad, num_tokens=1)
+    assert len(generate(engine, f"{VIDEO}?", [video], ratio=0.5, num_tokens=1).outputs[0].token_ids) == 1
+
+
+def test_absurd_duration_is_refused_before_the_engine(engine: Engine) -> None:
+    """Positions beyond the rotary table would be read from outside of it."""
+    video = make_video(8, 56, 56, seed=9100, seconds_per_cell=1e6)
+    with pytest.raises(ValueError, match="positions"):
+        generate(engine, f"{VIDEO}?", [video], ratio=0.5, num_tokens=1)
+
+
+@pytest.mark.parametrize("size", [(84, 112), (100, 150)])
+def test_vision_features_equal_transformers(
+    size: tuple[int, int], engine: Engine, reference: Any, tiny_model: Path
+) -> None:
+    """From the same frames, resized or not, both preprocessors and towers give the same tokens (3e-6 apart here)."""
+    from transformers import AutoProcessor
+
+    frames, metadata = make_video(16, *size, seed=9200)
+    engine.clear()
+    generate(engine, f"{VIDEO}?", [(frames, metadata)], ratio=0.5, num_tokens=1)
+    processor = AutoProcessor.from_pretrained(tiny_model).video_processor
+    inputs = processor([torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt")
+    with torch.no_grad():
+        out = reference.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
+    torch.testing.assert_close(engine.compressed[0][0], out.pooler_output, atol=1e-4, rtol=0)
+
+
+def test_positions_where_vllm_and_transformers_differ(reference: Any, engine: Engine) -> None:
+    """transformers 5.19 lets text follow a video after max(h, w) positions, whatever its duration; vLLM goes on after
+    the largest position. We follow vLLM; this test tells when transformers changes its mind."""
+    from score_vllm.positions import VisualSpan, prompt_positions
+    from score_vllm.types import VideoGrid
+
+    config = reference.config
+    for cells, agree in ((3, True), (12, False)):
+        ids = torch.tensor([[1, *[config.video_token_id] * (cells * 12), 2]])
+        kinds = torch.tensor([[0, *[2] * (cells * 12), 0]])
+        theirs, _ = reference.model.get_rope_index(
+            ids, kinds, video_grid_thw=torch.tensor([[cells, 6, 8]]), second_per_grid_ts=torch.tensor([0.5])
+        )
+        span = VisualSpan(1, cells * 12, VideoGrid(cells, 3, 4), 1.0, offsets_travel=False)
+        ours, _ = prompt_positions(ids.shape[1], [span])
+        assert np.array_equal(ours[:, :-1], theirs[:, 0, :-1].numpy())
+        assert (ours[0, -1] == theirs[0, 0, -1].item()) == agree
