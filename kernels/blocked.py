@@ -55,8 +55,9 @@ def score(x: torch.Tensor, weights: PolicyWeights) -> torch.Tensor:
                 _residual_into(inputs[..., d:], x[:, n0:n1], t0, t1)
             hidden = F.linear(inputs.view(rows, -1), w_in).float()  # [rows, H]
             hidden = F.gelu(hidden.add_(weights.b_in))
-            logits = torch.addmv(weights.b_out, hidden, weights.w_out)
-            out[t0:t1, n0:n1] = logits.view(t1 - t0, n1 - n0)
+            # Not a matrix-vector product: that rounds a row by its place in the block, and equal tokens must tie.
+            logits = hidden.mul_(weights.w_out).sum(dim=1)
+            out[t0:t1, n0:n1] = logits.add_(weights.b_out).view(t1 - t0, n1 - n0)
     return out.view(-1)
 
 

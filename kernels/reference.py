@@ -52,7 +52,8 @@ def score(
     if use_residual:
         hidden = hidden + residual(x).float() @ w[:, d:].T
     hidden = F.gelu(hidden + b_in.float())
-    return (hidden @ w_out.float() + b_out.float()).reshape(-1)
+    # A matrix-vector product would round a row by its place, and equal tokens must tie.
+    return ((hidden * w_out.float()).sum(dim=-1) + b_out.float()).reshape(-1)
 
 
 def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
