@@ -129,5 +129,6 @@ class PositionTable:
         """``t_offsets`` on a device, without a host sync."""
         if self.t_offsets.device == device:
             return self.t_offsets
-        source = self.t_offsets.pin_memory() if device.type == "cuda" else self.t_offsets
+        to_gpu = device.type == "cuda" and self.t_offsets.device.type == "cpu"
+        source = self.t_offsets.pin_memory() if to_gpu else self.t_offsets
         return source.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from score_vllm.kernels import blocked, ops, reference
 @pytest.fixture(autouse=True)
 def seed() -> int:
     value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
+    sys.stdout.write(f"seed {value}\n")
     torch.manual_seed(value)
     return value
 

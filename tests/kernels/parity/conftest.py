@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def device() -> torch.device:
 def seed() -> int:
     """Fresh every run; printed, so that a failure's report shows it. SCORE_TEST_SEED repeats one."""
     value = int(os.environ.get("SCORE_TEST_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SCORE_TEST_SEED={value}")
+    sys.stdout.write(f"SCORE_TEST_SEED={value}\n")
     torch.manual_seed(value)
     return value
 
