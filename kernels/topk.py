@@ -36,7 +36,7 @@ def _keys(scores):
     scores = tl.where(scores != scores, float("-inf"), scores)
     scores = tl.where(scores == 0.0, 0.0, scores)
     bits = scores.to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
