@@ -1,13 +1,143 @@
-"""The compressor's operations, with the backend chosen here. Callers import only this module."""
+"""The compressor's operations, with the backend chosen here. Callers import only this module.
+
+CUDA tensors run the Triton kernels, all others the blocked torch path. Which one ran is on record:
+:func:`last_backend`. Nothing here synchronises with the host.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
 import torch
 
-from score_vllm.kernels import reference
+from score_vllm.kernels import blocked, reference
+from score_vllm.kernels.inputs import PolicyWeights, PositionTable, pack_weights
 
-# Rows of x per block on the CPU: keeps the fp32 temporaries small beside x.
-_CPU_BLOCK_TOKENS = 4096
+__all__ = [
+    "BACKENDS",
+    "Compressed",
+    "PolicyWeights",
+    "PositionTable",
+    "backend_for",
+    "compress",
+    "force_backend",
+    "gather",
+    "last_backend",
+    "pack_weights",
+    "score",
+    "topk",
+    "warm_up",
+]
+
+BACKENDS = ("triton", "torch")
+
+_forced: str | None = None
+_last: dict[str, str] = {}
+
+
+class Compressed(NamedTuple):
+    """What :func:`compress` returns.
+
+    Attributes:
+        buffer: [K, D + C] in the dtype of the tokens: kept rows, then their channels.
+        indices: [K] int64 flat indices, ascending.
+        has_nan: 0-dim bool on the device, True where any score is NaN: the selection is then meaningless.
+        scores: [T * N] float32 logits.
+    """
+
+    buffer: torch.Tensor
+    indices: torch.Tensor
+    has_nan: torch.Tensor
+    scores: torch.Tensor
+
+
+def backend_for(tensor: torch.Tensor) -> str:
+    """``"triton"`` or ``"torch"``: what the operations would run on this tensor."""
+    if _forced is not None:
+        return _forced
+    return "triton" if tensor.is_cuda and _triton_runs_on(tensor.device) else "torch"
+
+
+@functools.cache
+def _triton_runs_on(device: torch.device) -> bool:
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def last_backend(operation: str) -> str | None:
+    """Which backend ran the last call of ``"score"``, ``"topk"``, ``"gather"`` or ``"compress"`` in this process.
+
+    Returns:
+        ``"triton"``, ``"torch"``, or None where the operation has not run.
+    """
+    return _last.get(operation)
+
+
+@contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """Run one backend whatever the device: for tests under Triton's interpreter and for comparisons.
+
+    Raises:
+        ValueError: not one of :data:`BACKENDS`.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _choose(operation: str, tensor: torch.Tensor) -> str:
+    _last[operation] = backend_for(tensor)
+    return _last[operation]
+
+
+def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which may not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _check_tokens(x: torch.Tensor) -> None:
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be a non-empty [T, N, D] tensor, got {tuple(x.shape)}")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x must be bf16, fp16 or fp32, got {x.dtype}")
+
+
+def _check_weights(x: torch.Tensor, weights: PolicyWeights) -> None:
+    if weights.hidden_size != x.shape[2]:
+        raise ValueError(f"the policy reads D={weights.hidden_size}, x is {tuple(x.shape)}")
+    if weights.w_in.dtype != x.dtype or weights.w_in.device != x.device:
+        raise ValueError(
+            f"the policy's weights are packed as {weights.w_in.dtype} on {weights.w_in.device}, "
+            f"x is {x.dtype} on {x.device}"
+        )
+
+
+def _check_scores(scores: torch.Tensor, k: int) -> None:
+    if scores.ndim != 1 or scores.dtype != torch.float32:
+        raise ValueError(f"scores must be [M] float32, got {tuple(scores.shape)} {scores.dtype}")
+    if not 1 <= k <= scores.shape[0]:
+        raise ValueError(f"k must be in [1, {scores.shape[0]}], got {k}")
+
+
+def _check_channels(x: torch.Tensor, extra: torch.Tensor | PositionTable | None) -> None:
+    frames, per_frame, _ = x.shape
+    if isinstance(extra, PositionTable):
+        if extra.t_offsets.shape != (frames,) or extra.h * extra.w != per_frame:
+            raise ValueError(
+                f"positions are of a {extra.t_offsets.shape[0]} x {extra.h} x {extra.w} grid, x is {tuple(x.shape)}"
+            )
+    elif extra is not None and (extra.ndim != 2 or extra.shape[0] != frames * per_frame):
+        raise ValueError(f"channels must be [T * N = {frames * per_frame}, C], got {tuple(extra.shape)}")
 
 
 def score(
@@ -18,24 +148,128 @@ def score(
     b_out: torch.Tensor,
     use_residual: bool = True,
 ) -> torch.Tensor:
-    """Retention logits, [T * N] float32. See :func:`score_vllm.kernels.reference.score`."""
-    frames, n, _ = x.shape
-    step = max(1, _CPU_BLOCK_TOKENS // n)
-    out = torch.empty(frames * n, dtype=torch.float32, device=x.device)
-    for start in range(0, frames, step):
-        stop = min(start + step, frames)
-        # One frame of left context gives the block its residual.
-        first = max(start - 1, 0)
-        block = reference.score(x[first:stop], w_in, b_in, w_out, b_out, use_residual)
-        out[start * n : stop * n] = block[(start - first) * n :]
-    return out
+    """Retention logits (paper eq. 2-4 without the sigmoid). See :func:`score_vllm.kernels.reference.score`.
+
+    Not differentiable. Weights of another dtype are cast at every call; :func:`compress` takes them packed.
+
+    Args:
+        x: [T, N, D] bf16, fp16 or fp32, any strides; not copied.
+        w_in, b_in, w_out, b_out, use_residual: as in the reference.
+
+    Returns:
+        [T * N] float32.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    _check_tokens(x)
+    weights = pack_weights(w_in, b_in, w_out, b_out, x.dtype, use_residual)
+    _check_weights(x, weights)
+    with torch.no_grad():
+        if _choose("score", x) == "torch":
+            return blocked.score(x, weights)
+        from score_vllm.kernels import score as kernel
+
+        with _on(x):
+            return kernel.score(x, weights)
 
 
 def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact global top-K. See :func:`score_vllm.kernels.reference.topk`."""
-    return reference.topk(scores, k)
+    """Exact global top-K (paper section 4.5), ties to the lower index.
+
+    Args:
+        scores: [M] float32, M < 2^31.
+        k: 1 <= k <= M.
+
+    Returns:
+        ``(indices, has_nan)``: [k] int64 ascending; 0-dim bool. See :func:`score_vllm.kernels.reference.topk`.
+
+    Raises:
+        ValueError: ``scores`` is not one-dimensional float32, or ``k`` is out of range.
+    """
+    _check_scores(scores, k)
+    if _choose("topk", scores) == "torch":
+        return reference.topk(scores, k)
+    from score_vllm.kernels import topk as kernel
+
+    with _on(scores):
+        return kernel.select(scores.contiguous()[None], k)[:2]
 
 
-def gather(x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | None = None) -> torch.Tensor:
-    """Kept rows and their position channels. See :func:`score_vllm.kernels.reference.gather`."""
-    return reference.gather(x, indices, channels)
+def gather(
+    x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | PositionTable | None = None
+) -> torch.Tensor:
+    """Kept rows and their channels. See :func:`score_vllm.kernels.reference.gather`.
+
+    Args:
+        x: [T, N, D], any strides; not copied.
+        indices: [K] int64 flat indices in [0, T * N); not checked.
+        channels: [T * N, C] values exact in the dtype of ``x``; a :class:`PositionTable` for the 9 digits of
+            each kept row's (t, h, w); or None.
+
+    Returns:
+        [K, D + C] contiguous, in the dtype of ``x``.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    _check_tokens(x)
+    _check_channels(x, channels)
+    if indices.ndim != 1 or indices.dtype != torch.int64:
+        raise ValueError(f"indices must be [K] int64, got {tuple(indices.shape)} {indices.dtype}")
+    if _choose("gather", x) == "torch":
+        return blocked.gather(x, indices, channels)
+    from score_vllm.kernels import gather as kernel
+
+    with _on(x):
+        return kernel.gather(x, indices, channels)
+
+
+def compress(
+    x: torch.Tensor, weights: PolicyWeights, k: int, positions: torch.Tensor | PositionTable | None = None
+) -> Compressed:
+    """Score, keep the global top K, gather the rows and their positions: the serving path in one call.
+
+    On CUDA this is one memset and six launches (score, three digits, compaction, gather). It can be captured in a
+    CUDA graph after one call of the same dtype and hidden size has compiled the kernels.
+
+    Args:
+        x: [T, N, D] bf16, fp16 or fp32, any strides; not copied.
+        weights: from :func:`pack_weights`, in the dtype of ``x``, on its device.
+        k: K in [1, T * N], from :func:`score_vllm.budget.num_retained_tokens`.
+        positions: as ``channels`` of :func:`gather`.
+
+    Returns:
+        :class:`Compressed`: ``buffer`` [K, D + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
+
+    Raises:
+        ValueError: a shape, dtype, device or ``k`` does not fit.
+    """
+    _check_tokens(x)
+    _check_weights(x, weights)
+    _check_channels(x, positions)
+    if not 1 <= k <= x.shape[0] * x.shape[1]:
+        raise ValueError(f"k must be in [1, {x.shape[0] * x.shape[1]}], got {k}")
+    with torch.no_grad():
+        if _choose("compress", x) == "torch":
+            scores = blocked.score(x, weights)
+            indices, has_nan = reference.topk(scores, k)
+            return Compressed(blocked.gather(x, indices, positions), indices, has_nan, scores)
+        from score_vllm.kernels import gather as gather_kernel
+        from score_vllm.kernels import score as score_kernel
+        from score_vllm.kernels import topk as topk_kernel
+
+        with _on(x):
+            indices, has_nan, scores = topk_kernel.select(score_kernel.score_partials(x, weights), k)
+            return Compressed(gather_kernel.gather(x, indices, positions), indices, has_nan, scores)
+
+
+def warm_up(weights: PolicyWeights) -> None:
+    """Compile what :func:`compress` will launch for these weights, so that no request waits for the compiler.
+
+    The kernels depend on dtype, D, H and device, not on the video's size; one tiny video compiles them all.
+    Tokens that are not whole 16-byte aligned rows use a second variant, compiled when they first appear.
+    """
+    x = torch.zeros(2, 1, weights.hidden_size, dtype=weights.w_in.dtype, device=weights.w_in.device)
+    table = PositionTable(torch.zeros(2, dtype=torch.int64, device=x.device), 1, 1)
+    compress(x, weights, 1, table)

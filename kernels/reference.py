@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from score_vllm.kernels.inputs import DIGITS, POSITION_CHANNELS, PositionTable
+
 
 def residual(x: torch.Tensor) -> torch.Tensor:
     """Surprise signal, paper eq. 2: subtract in fp32, round once to the dtype of ``x``.
@@ -50,7 +52,8 @@ def score(
     if use_residual:
         hidden = hidden + residual(x).float() @ w[:, d:].T
     hidden = F.gelu(hidden + b_in.float())
-    return (hidden @ w_out.float() + b_out.float()).reshape(-1)
+    # A matrix-vector product would round a row by its place, and equal tokens must tie.
+    return ((hidden * w_out.float()).sum(dim=-1) + b_out.float()).reshape(-1)
 
 
 def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,18 +79,45 @@ def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.sort(order[:k]).values, nan.any()
 
 
-def gather(x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | None = None) -> torch.Tensor:
+def position_digits(indices: torch.Tensor, table: PositionTable) -> torch.Tensor:
+    """Offsets (t, h, w) of kept tokens from the video's base position, as base-256 digits, low digit first.
+
+    Args:
+        indices: [K] int64 flat indices.
+        table: of the video.
+
+    Returns:
+        [K, 9] int64 in [0, 256): ``positions.pack_offsets(positions.video_offsets(...))`` of these tokens.
+    """
+    t, n = indices // (table.h * table.w), indices % (table.h * table.w)
+    offsets = torch.stack([table.on(indices.device)[t], n // table.w, n % table.w], dim=-1)  # [K, 3]
+    shifts = 8 * torch.arange(DIGITS, device=indices.device)
+    return ((offsets[:, :, None] >> shifts) & 0xFF).reshape(-1, POSITION_CHANNELS)
+
+
+def kept_channels(
+    indices: torch.Tensor, extra: torch.Tensor | PositionTable | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """[K, C] of ``dtype``: the channels that :func:`gather` appends to the rows at ``indices``, or None."""
+    if extra is None:
+        return None
+    values = position_digits(indices, extra) if isinstance(extra, PositionTable) else extra[indices]
+    return values.to(dtype)
+
+
+def gather(
+    x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | PositionTable | None = None
+) -> torch.Tensor:
     """Kept rows, with their position channels appended where given.
 
     Args:
         x: [T, N, D].
         indices: [K] int64 flat indices.
-        channels: [T * N, C] values exact in the dtype of ``x``, or None.
+        channels: [T * N, C] values exact in the dtype of ``x``; a table to derive 9 position digits from; or None.
 
     Returns:
         [K, D] or [K, D + C] in the dtype of ``x``.
     """
     rows = x.reshape(-1, x.shape[-1])[indices]
-    if channels is None:
-        return rows
-    return torch.cat([rows, channels[indices].to(x.dtype)], dim=1)
+    values = kept_channels(indices, channels, x.dtype)
+    return rows if values is None else torch.cat([rows, values], dim=1)

@@ -28,6 +28,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from score_vllm import methods
 from score_vllm.compressor import select_retained
 from score_vllm.config import ServingConfig
+from score_vllm.kernels import ops
+from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.models.processing import grid_of, temporal_factor
 from score_vllm.models.timing import STATS_VARIABLE, CompressorTimer
 from score_vllm.policy import RetentionPolicy
@@ -36,6 +38,7 @@ from score_vllm.positions import (
     VisualSpan,
     pack_offsets,
     prompt_positions,
+    temporal_offsets,
     unpack_offsets,
     video_offsets,
 )
@@ -65,12 +68,22 @@ class VideoCompressor:
         for name in serving.methods:
             methods.get(name)
         self.policy: RetentionPolicy | None = None
+        self._weights: PolicyWeights | None = None
         if serving.policy is not None:
             self.policy = load_policy(serving.policy, hidden_size)
             if serving.policy_digest and self.policy.digest() != serving.policy_digest:
                 raise ValueError(
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
                 )
+
+    def _policy_weights(self, x: torch.Tensor) -> PolicyWeights:
+        """The policy in the dtype and on the device of the tokens, cast once."""
+        if self._weights is None or (self._weights.w_in.dtype, self._weights.w_in.device) != (x.dtype, x.device):
+            assert self.policy is not None, "checked by ServingConfig"
+            policy = self.policy.to(x.device)
+            parameters = (policy.w_in, policy.b_in, policy.w_out, policy.b_out)
+            self._weights = ops.pack_weights(*parameters, x.dtype, policy.config.use_residual)
+        return self._weights
 
     @property
     def needs_saliency(self) -> bool:
@@ -100,10 +113,11 @@ class VideoCompressor:
             [K, D + 9] in the dtype of ``x``.
         """
         with self.timer.measure(x.device):
-            if self.policy is not None:
-                self.policy.to(x.device)
             video = x.view(grid.t, grid.tokens_per_frame, x.shape[-1])
-            kept, _ = select_retained(video, num_retained, method, policy=self.policy, saliency=saliency)
+            if method == "score":
+                table = PositionTable(torch.from_numpy(temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
+                return ops.compress(video, self._policy_weights(x), num_retained, table).buffer
+            kept, _ = select_retained(video, num_retained, method, saliency=saliency)
             offsets = video_offsets(grid, t_factor).to(x.device, non_blocking=True)[kept.indices]
             return torch.cat([kept.embeddings, pack_offsets(offsets, x.dtype)], dim=1)
 

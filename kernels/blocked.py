@@ -1,0 +1,91 @@
+"""The compressor in blocks of plain torch, in the dtype of the tokens: what the CPU engine runs.
+
+Only one block of the residual, of the concatenation and of the hidden activation exists at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from score_vllm.kernels import reference
+from score_vllm.kernels.inputs import PolicyWeights, PositionTable
+
+# A block's [x ; residual] and hidden activation take about 2.7 of its rows of X (D = 3584, H = 512): a 64th of X keeps
+# them near 4 %, beside what the GEMM library needs to pack the weights. Below 128 rows that packing costs too much
+# time: videos of fewer than about 3,500 tokens need more than a tenth of X, but only a few megabytes.
+_BLOCKS = 64
+_MIN_BLOCK_TOKENS = 128
+_MAX_BLOCK_TOKENS = 1024
+
+
+def _gemm_dtype(x: torch.Tensor) -> torch.dtype:
+    """Dtype of the product's operands: that of ``x`` where the CPU multiplies it natively, else float32."""
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return x.dtype
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return x.dtype if x.dtype in native and native[x.dtype]() else torch.float32
+
+
+def score(x: torch.Tensor, weights: PolicyWeights) -> torch.Tensor:
+    """Retention logits, [T * N] float32. See :func:`score_vllm.kernels.reference.score`.
+
+    Args:
+        x: [T, N, D], any strides.
+        weights: in the dtype of ``x``, on its device.
+    """
+    frames, per_frame, d = x.shape
+    dtype = _gemm_dtype(x)
+    w_in = weights.w_in.to(dtype)  # [H, 2D]
+    # A block that is cast to fp32 takes twice the memory.
+    blocks = _BLOCKS if dtype == x.dtype else 2 * _BLOCKS
+    target = min(max(frames * per_frame // blocks, _MIN_BLOCK_TOKENS), _MAX_BLOCK_TOKENS)
+    cells = max(1, target // per_frame)
+    pieces = -(-per_frame // target)
+    tokens = -(-per_frame // pieces)
+    block = torch.empty(cells * tokens * w_in.shape[1], dtype=dtype, device=x.device)
+    out = torch.empty(frames, per_frame, dtype=torch.float32, device=x.device)
+    for t0 in range(0, frames, cells):
+        t1 = min(t0 + cells, frames)
+        for n0 in range(0, per_frame, tokens):
+            n1 = min(n0 + tokens, per_frame)
+            rows = (t1 - t0) * (n1 - n0)
+            inputs = block[: rows * w_in.shape[1]].view(t1 - t0, n1 - n0, w_in.shape[1])
+            inputs[..., :d].copy_(x[t0:t1, n0:n1])
+            if weights.use_residual:
+                _residual_into(inputs[..., d:], x[:, n0:n1], t0, t1)
+            hidden = F.linear(inputs.view(rows, -1), w_in).float()  # [rows, H]
+            hidden = F.gelu(hidden.add_(weights.b_in))
+            # Not a matrix-vector product: that rounds a row by its place in the block, and equal tokens must tie.
+            logits = hidden.mul_(weights.w_out).sum(dim=1)
+            out[t0:t1, n0:n1] = logits.add_(weights.b_out).view(t1 - t0, n1 - n0)
+    return out.view(-1)
+
+
+def _residual_into(out: torch.Tensor, x: torch.Tensor, t0: int, t1: int) -> None:
+    """Write the residual of frames [t0, t1) into ``out`` [t1 - t0, n, D], rounded once to the dtype of ``x``."""
+    if t0 == 0:
+        out[0].copy_(x[0])
+        out, t0 = out[1:], 1
+    current, previous = x[t0:t1], x[t0 - 1 : t1 - 1]
+    if out.dtype == x.dtype:
+        torch.sub(current, previous, out=out)
+    else:
+        out.copy_(current - previous)
+
+
+def gather(x: torch.Tensor, indices: torch.Tensor, extra: torch.Tensor | PositionTable | None) -> torch.Tensor:
+    """Rows of ``x`` with their extra channels, without a copy of ``x``. See :func:`reference.gather`."""
+    _, per_frame, d = x.shape
+    kept = indices.shape[0]
+    values = reference.kept_channels(indices, extra, x.dtype)
+    out = torch.empty(kept, d + (0 if values is None else values.shape[1]), dtype=x.dtype, device=x.device)
+    for start in range(0, kept, _MIN_BLOCK_TOKENS):
+        some = indices[start : start + _MIN_BLOCK_TOKENS]
+        out[start : start + _MIN_BLOCK_TOKENS, :d] = x[some // per_frame, some % per_frame]
+    if values is not None:
+        out[:, d:] = values
+    return out

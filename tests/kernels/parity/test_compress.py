@@ -1,0 +1,84 @@
+"""Gather and the whole compressor: rows, channels, position digits, and what the caller is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from score_vllm import VideoGrid, positions
+from score_vllm.kernels import ops, reference
+
+
+def policy(d: int, h: int, dtype: torch.dtype, device: torch.device) -> ops.PolicyWeights:
+    parameters = torch.randn(h, 2 * d) / d**0.5, torch.randn(h), torch.randn(h), torch.randn(1)
+    return ops.pack_weights(*(p.to(device) for p in parameters), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "t_factor"),
+    [(VideoGrid(1, 1, 1), 2.0), (VideoGrid(7, 3, 5), 25.3), (VideoGrid(3, 2, 300), 99_000.0), (VideoGrid(5, 17, 1), 0)],
+)
+def test_gathered_digits_are_the_packed_positions(grid, t_factor, dtype, device, seed):
+    x = torch.randn(grid.t, grid.tokens_per_frame, 48, device=device).to(dtype)
+    kept = max(1, grid.num_tokens // 3)
+    indices = torch.randperm(grid.num_tokens)[:kept].sort().values.to(device)
+    offsets = positions.video_offsets(grid, t_factor)
+    table = ops.PositionTable(torch.from_numpy(positions.temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
+    buffer = ops.gather(x, indices, table)
+    assert ops.last_backend("gather") == "triton"
+    assert torch.equal(buffer[:, :48], x.flatten(0, 1)[indices])
+    packed = positions.pack_offsets(offsets, dtype).to(device)
+    assert torch.equal(buffer[:, 48:], packed[indices])
+    assert torch.equal(positions.unpack_offsets(buffer[:, 48:].cpu()), offsets[indices.cpu()])
+    # The same digits given as channels of every token.
+    assert torch.equal(ops.gather(x, indices, packed), buffer)
+
+
+@pytest.mark.parametrize("channels", [None, 1, 5, 16])
+@pytest.mark.parametrize("d", [16, 48, 1040, 2064])
+def test_gather_copies_rows_and_channels(d, channels, device, seed):
+    x = torch.randn(6, 11, d, device=device)
+    extra = None if channels is None else torch.randn(66, channels, device=device)
+    for kept in (1, 4, 66):
+        indices = torch.randperm(66, device=device)[:kept]
+        assert torch.equal(ops.gather(x, indices, extra), reference.gather(x, indices, extra))
+        assert torch.equal(ops.gather(x[::2, 1:], indices % 30), reference.gather(x[::2, 1:], indices % 30))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16, 64), (4, 35, 48, 128), (1, 12, 80, 64), (9, 1, 48, 64), (3, 24, 64, 512)])
+def test_compress_agrees_with_its_parts_and_the_reference(shape, dtype, device, seed):
+    t, n, d, h = shape
+    x = torch.randn(t, n, d, device=device).to(dtype)
+    weights = policy(d, h, dtype, device)
+    table = ops.PositionTable(torch.arange(t) * 50, 1, n)
+    want = reference.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
+    tolerance = 4e-6 * (1.0 + float(want.abs().max()))
+    for k in sorted({1, max(1, t * n // 10), t * n}):
+        out = ops.compress(x, weights, k, table)
+        assert ops.last_backend("compress") == "triton"
+        assert not out.has_nan
+        assert float((out.scores - want).abs().max()) <= tolerance
+        assert torch.equal(out.indices, reference.topk(out.scores, k)[0])
+        assert torch.equal(out.buffer, reference.gather(x, out.indices, table))
+        # Kept here or there: only tokens within the tolerance of the threshold may differ.
+        threshold = want.sort().values[-k]
+        clear = (want - threshold).abs() > 2 * tolerance
+        kept = torch.zeros(t * n, dtype=torch.bool, device=device)
+        kept[out.indices] = True
+        assert torch.equal(kept[clear], (want > threshold)[clear])
+
+
+def test_compress_reports_nan(device, seed):
+    x = torch.randn(3, 10, 48, device=device).to(torch.bfloat16)
+    weights = policy(48, 64, torch.bfloat16, device)
+    x[1, 4, 7] = float("nan")
+    out = ops.compress(x, weights, 5)
+    assert bool(out.has_nan)
+    assert not {14, 24} & set(out.indices.tolist())
+
+
+def test_warm_up_runs_every_kernel_once(device):
+    ops.warm_up(policy(48, 64, torch.bfloat16, device))
+    assert ops.last_backend("compress") == "triton"
