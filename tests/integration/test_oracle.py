@@ -382,3 +382,15 @@ def test_positions_where_vllm_and_transformers_differ(reference: Any, engine: En
         ours, _ = prompt_positions(ids.shape[1], [span])
         assert np.array_equal(ours[:, :-1], theirs[:, 0, :-1].numpy())
         assert (ours[0, -1] == theirs[0, 0, -1].item()) == agree
+
+
+def test_the_served_path_runs_the_fused_call(engine: Engine) -> None:
+    """One call scores, selects and gathers; on this device it is the blocked torch backend."""
+    from score_vllm.kernels import ops
+
+    ops._last.clear()
+    generate(engine, f"{VIDEO}Which?", [make_video(8, 84, 84, seed=9300)], ratio=0.5, num_tokens=1)
+    device = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.device
+    expected = ops.backend_for(torch.empty(0, device=device))
+    assert ops.last_backend("compress") == expected
+    assert expected == ("triton" if device.type == "cuda" else "torch")
