@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from decimal import ROUND_FLOOR, Decimal
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 RATIO_RANGE = "a number in (0, 1]"
@@ -25,9 +26,13 @@ def check_retention_ratio(value: Any, field: str = "retention_ratio") -> float:
         TypeError: ``value`` is not a number.
         ValueError: ``value`` is NaN, infinite or outside (0, 1].
     """
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
+    # A fraction such as 1/3 has no decimal form to be read "as written".
+    if isinstance(value, (bool, Fraction)) or not isinstance(value, (numbers.Real, Decimal)):
         raise TypeError(f"{field} must be {RATIO_RANGE}, got {value!r} ({type(value).__name__})")
-    ratio = float(value)
+    try:
+        ratio = float(value)
+    except OverflowError:
+        raise ValueError(f"{field} must be {RATIO_RANGE}, got an integer beyond any float") from None
     if not math.isfinite(ratio) or not 0.0 < ratio <= 1.0:
         raise ValueError(f"{field} must be {RATIO_RANGE}, got {value!r}")
     return ratio
@@ -56,6 +61,4 @@ def num_retained_tokens(num_tokens: int, retention_ratio: float) -> int:
         raise ValueError(f"num_tokens must be >= 1, got {num_tokens}")
     check_retention_ratio(retention_ratio)
     # str() of a float is its shortest round-trip decimal: the ratio as its author wrote it.
-    written = retention_ratio if isinstance(retention_ratio, Decimal) else Decimal(str(retention_ratio))
-    kept = int((written * int(num_tokens)).to_integral_value(rounding=ROUND_FLOOR))
-    return max(1, kept)
+    return max(1, math.floor(Fraction(str(retention_ratio)) * int(num_tokens)))

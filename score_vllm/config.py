@@ -93,28 +93,37 @@ class ServingConfig:
 
     Attributes:
         retention_ratio: default rho for requests that name none, in (0, 1].
-        method: name of the selection method.
+        method: name of the selection method for requests that name none.
+        allowed_methods: names that a request may choose instead; empty means no choice.
         policy: directory of the retention policy, for ``method="score"``.
         policy_digest: :meth:`score_vllm.policy.RetentionPolicy.digest` of that policy; part of every cache key.
-        stats_dir: where workers leave their compressor timings for the metrics page, or None.
     """
 
     retention_ratio: float = 1.0
     method: str = "score"
+    allowed_methods: tuple[str, ...] = ()
     policy: str | None = None
     policy_digest: str = ""
-    stats_dir: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention_ratio", check_retention_ratio(self.retention_ratio))
         for name in ("method", "policy_digest"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"score config: {name} must be a string, got {getattr(self, name)!r}")
-        for name in ("policy", "stats_dir"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"score config: {name} must be a path or null, got {getattr(self, name)!r}")
-        if self.method == "score" and not self.policy:
+        if not isinstance(self.policy, str | None):
+            raise ValueError(f"score config: policy must be a path or null, got {self.policy!r}")
+        if not isinstance(self.allowed_methods, list | tuple) or not all(
+            isinstance(name, str) for name in self.allowed_methods
+        ):
+            raise ValueError(f"score config: allowed_methods must be a list of names, got {self.allowed_methods!r}")
+        object.__setattr__(self, "allowed_methods", tuple(self.allowed_methods))
+        if "score" in self.methods and not self.policy:
             raise ValueError("score config: method 'score' needs policy, the directory of a trained retention policy")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method that this server runs, the default first."""
+        return (self.method, *(name for name in self.allowed_methods if name != self.method))
 
     def to_overrides(self) -> dict[str, Any]:
         """The value for vLLM's ``hf_overrides``."""
@@ -137,9 +146,10 @@ class ServingConfig:
             raise ValueError(f"score config has unknown keys {unknown}; known keys are {sorted(known)}")
         return cls(**raw)
 
-    def cache_key(self, retention_ratio: float) -> str:
+    def cache_key(self, retention_ratio: float, method: str) -> str:
         """What makes two compressions of the same pixels differ; 1 and 1.0 give the same key.
 
         K is a function of this ratio and of the grid, which the pixels and the processor's options determine.
         """
-        return f"{self.method}:{self.policy_digest}:{float(retention_ratio)!r}"
+        digest = self.policy_digest if method == "score" else ""
+        return f"{method}:{digest}:{float(retention_ratio)!r}"

@@ -47,7 +47,8 @@ class TokenSelection:
             ``reference`` mode where they stand in the order that the peer's own code emits.
         embeddings: [K, D] rows handed to the LLM, in the dtype of the input. For selecting methods they
             are ``x.reshape(T * N, D)[indices]``; merging methods write merged rows.
-        scores: [T * N] float32, higher is kept first.
+        scores: [T * N] float32, higher is kept first; inside a frame or segment where the method gives each
+            its own budget.
         num_frames: T.
         tokens_per_frame: N.
     """

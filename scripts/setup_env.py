@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def say(text: str) -> None:
 
 def run(*command: str | Path, **kwargs) -> None:
     subprocess.run([str(part) for part in command], check=True, **kwargs)
+
+
+def run_with_heartbeat(*command: str | Path, env: dict[str, str]) -> None:
+    """Run a long, quiet command; say every half minute that it is still going."""
+    start = time.monotonic()
+    with subprocess.Popen([str(part) for part in command], env=env) as process:
+        while True:
+            try:
+                code = process.wait(30)
+                break
+            except subprocess.TimeoutExpired:
+                say(f"... still installing, {time.monotonic() - start:.0f} s")
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def imports(module: str) -> bool:
@@ -168,7 +183,7 @@ def main() -> None:
             index = ["--extra-index-url", TORCH_CPU_INDEX]
         say(f"installing score-vllm[{extra},decord,bench,dev] (the first time takes a few minutes)")
         target = f"{ROOT}[{extra},decord,bench,dev]"
-        run(PYTHON, "-m", "pip", "install", "-q", *index, "-e", target, env=environment)
+        run_with_heartbeat(PYTHON, "-m", "pip", "install", "-q", *index, "-e", target, env=environment)
         if extra == "cpu":
             repair_cpu_torchvision(cpu_index)
             remove_broken("torchaudio", "torchcodec")

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from score_vllm.models.adapter import VideoReport
+from score_vllm.models.processing import VideoReport
 from score_vllm.models.timing import BUCKETS, read_histogram
 
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -27,7 +27,7 @@ def count_videos(reports: Iterable[VideoReport]) -> None:
         _videos.inc()
         _tokens.labels("original").inc(report.original_tokens)
         _tokens.labels("retained").inc(report.retained_tokens)
-        _ratios.observe(report.retention_ratio)
+        _ratios.observe(report.spec.retention_ratio)
 
 
 class CompressorSecondsCollector(Collector):

@@ -14,12 +14,20 @@ Example, a method of your own::
         return x.float().norm(dim=-1).flatten()
 
     kept = select_tokens(x, 0.1, method="norm")
+
+Keyword-only parameters of the function become the method's options: ``def norm(x, num_retained, *, p=2.0)``
+makes ``select_tokens(x, 0.1, method="norm", p=1.0)`` work and refuses any other option. A parameter named
+``policy``, ``saliency``, ``frame_features`` or ``variant`` receives the door's argument of that name.
+
+A peer has two modes. ``exact`` (default, and the only one that is served) keeps exactly K tokens in
+ascending order, without randomness, with decisions in fp32, for every video and ratio. ``reference`` gives
+index for index and row for row what the peer's own code gives, its miscounts and refusals included.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,33 +36,67 @@ import torch
 from score_vllm.types import TokenSelection
 
 MethodFunction = Callable[..., torch.Tensor | TokenSelection]
+ReferenceFunction = Callable[..., TokenSelection]
 
-# Arguments that the door passes to every method; anything else is a method's own option.
-DOOR_ARGUMENTS = ("x", "num_retained", "policy", "saliency")
+MODES = ("exact", "reference")
+
+# Arguments that the door passes to a method; any other keyword-only parameter is the method's own option.
+DOOR_ARGUMENTS = ("x", "num_retained", "retention_ratio", "policy", "saliency", "frame_features", "variant")
+
+
+def _own_options(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DOOR_ARGUMENTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A registered method: its name, its function and the options that it takes."""
+    """A registered method.
+
+    Attributes:
+        name: what ``method=`` takes.
+        function: ``exact`` mode: ``(x, num_retained, **keywords)``.
+        options: the options that ``function`` takes.
+        reference: ``reference`` mode: ``(x, retention_ratio, **keywords)``, or None where there is none.
+        variants: known values of ``variant=``, the default first; empty where there is only one.
+        needs_saliency: True where the published method ranks by a saliency from attention maps, so that
+            running without ``saliency=`` uses a stand-in that is not the published method.
+    """
 
     name: str
     function: MethodFunction
     options: tuple[str, ...]
+    reference: ReferenceFunction | None = None
+    variants: tuple[str, ...] = ()
+    needs_saliency: bool = False
 
     @property
     def needs_policy(self) -> bool:
         """True where the method cannot run without trained weights."""
         return self.name == "score"
 
+    def options_in(self, mode: str) -> tuple[str, ...]:
+        """Names of the options that the method takes in that mode."""
+        return _own_options(self.reference) if mode == "reference" and self.reference else self.options
+
 
 _METHODS: dict[str, Method] = {}
 
 
-def register(name: str) -> Callable[[MethodFunction], MethodFunction]:
-    """Decorator that makes a function available as ``method=name``.
+def register(
+    name: str,
+    *,
+    reference: ReferenceFunction | None = None,
+    variants: Sequence[str] = (),
+    needs_saliency: bool = False,
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Decorator that makes a function available as ``method=name``; see the module's example.
 
     Args:
         name: lower-case identifier, not taken yet (registering the same function again is allowed).
+        reference: the method's ``reference`` mode, if it has one.
+        variants: known values of ``variant=``, the default first.
+        needs_saliency: see :class:`Method`.
 
     Raises:
         ValueError: the name is not an identifier or belongs to another function.
@@ -66,9 +108,7 @@ def register(name: str) -> Callable[[MethodFunction], MethodFunction]:
         known = _METHODS.get(name)
         if known is not None and known.function is not function:
             raise ValueError(f"method {name!r} is registered already, by {known.function.__module__}")
-        parameters = inspect.signature(function).parameters.values()
-        options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DOOR_ARGUMENTS)
-        _METHODS[name] = Method(name, function, options)
+        _METHODS[name] = Method(name, function, _own_options(function), reference, tuple(variants), needs_saliency)
         return function
 
     return wrap
@@ -90,15 +130,72 @@ def get(name: str) -> Method:
     return _METHODS[name]
 
 
-def check_options(method: Method, options: dict[str, Any]) -> None:
-    """Refuse options that the method does not take.
+def check_mode(method: Method, mode: str) -> None:
+    """Refuse a mode that is unknown or that the method does not have.
+
+    Raises:
+        ValueError: the message lists the known modes, or the methods that have this one.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
+    if mode == "reference" and method.reference is None:
+        having = [name for name in names() if _METHODS[name].reference]
+        raise ValueError(f"method {method.name!r} has no reference mode; the methods that have one are {having}")
+
+
+def check_options(method: Method, options: dict[str, Any], mode: str = "exact") -> None:
+    """Refuse options that the method does not take in that mode.
 
     Raises:
         ValueError: an unknown option; the message lists the known ones.
     """
-    if unknown := sorted(set(options) - set(method.options)):
-        raise ValueError(f"method {method.name!r} takes the options {list(method.options)}, got {unknown}")
+    known = method.options_in(mode)
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"method {method.name!r} takes the options {list(known)} in {mode} mode, got {unknown}")
 
 
-from score_vllm.methods import baselines as _baselines  # noqa: E402,F401  (registers on import)
+def check_variant(method: Method, variant: str | None) -> str | None:
+    """The variant to run: the one named, or the method's default.
+
+    Returns:
+        A name out of ``method.variants``, or None where the method has no variants.
+
+    Raises:
+        ValueError: an unknown variant; the message lists the known ones.
+    """
+    if variant is None:
+        return method.variants[0] if method.variants else None
+    if variant not in method.variants:
+        raise ValueError(f"variant of method {method.name!r} must be one of {list(method.variants)}, got {variant!r}")
+    return variant
+
+
+def call(
+    function: Callable[..., Any], x: torch.Tensor, amount: float, door: dict[str, Any], own: dict[str, Any]
+) -> Any:
+    """Call a method's function with the door's arguments that its signature has room for.
+
+    Args:
+        function: of either mode.
+        x: [T, N, D].
+        amount: K in ``exact`` mode, the ratio in ``reference`` mode.
+        door: the door's keyword arguments.
+        own: the method's options, checked already.
+
+    Returns:
+        What the function returns.
+    """
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        door = {name: value for name, value in door.items() if name in parameters}
+    return function(x, amount, **door, **own)
+
+
+# Registered on import, each under its own name.
+from score_vllm.methods import baselines as _baselines  # noqa: E402,F401
+from score_vllm.methods import dycoke as _dycoke  # noqa: E402,F401
+from score_vllm.methods import evs as _evs  # noqa: E402,F401
+from score_vllm.methods import fastvid as _fastvid  # noqa: E402,F401
+from score_vllm.methods import holitom as _holitom  # noqa: E402,F401
 from score_vllm.methods import score as _score  # noqa: E402,F401
+from score_vllm.methods import vidcom2 as _vidcom2  # noqa: E402,F401

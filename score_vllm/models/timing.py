@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# Names the folder in which workers leave their files. Not part of the model's configuration: a path that changes with
+# every start would make vLLM compile every model anew.
+STATS_VARIABLE = "SCORE_STATS_DIR"
 # Upper bounds in seconds; one more bucket counts what is above the last.
 BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _SIZE = len(BUCKETS) + 2

@@ -6,11 +6,14 @@ import io
 from typing import Any
 
 import numpy as np
+import pybase64
+from PIL import Image
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
-from score_vllm.video import DecodedVideo, DecodeLimits, VideoError, decode_video, probe_video
+from score_vllm.video import DecodedVideo, DecodeLimits, VideoError, probe_video
+from score_vllm.video_process import decode_video_isolated
 
 PYAV_LOADER = "score_pyav"
 DECORD_LOADER = "score_decord"
@@ -25,21 +28,9 @@ def _limits(options: dict[str, Any]) -> DecodeLimits:
     return DecodeLimits(**options)
 
 
-def _metadata(video: DecodedVideo, backend: str) -> dict[str, Any]:
-    return {
-        "total_num_frames": video.total_frames,
-        "fps": video.fps,
-        "duration": video.duration,
-        "video_backend": backend,
-        "frames_indices": video.indices,
-        # The frames are chosen; the model's processor must not choose again.
-        "do_sample_frames": False,
-    }
-
-
 @VIDEO_LOADER_REGISTRY.register(PYAV_LOADER)
 class PyAVVideoLoader(VideoLoader):
-    """Pull-based decoding under limits; see :mod:`score_vllm.video`."""
+    """Pull-based decoding under limits, in a process of its own; see :mod:`score_vllm.video_process`."""
 
     @classmethod
     def load_bytes(
@@ -50,8 +41,8 @@ class PyAVVideoLoader(VideoLoader):
         **limits: Any,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """``(frames [F, H, W, 3] uint8, metadata)``; raises ValueError for anything that cannot be decoded."""
-        video = decode_video(data, fps=fps, max_frames=num_frames, limits=_limits(limits))
-        return video.frames, _metadata(video, PYAV_LOADER)
+        video = decode_video_isolated(data, fps=fps, max_frames=num_frames, limits=_limits(limits))
+        return video.frames, video.metadata(PYAV_LOADER)
 
 
 @VIDEO_LOADER_REGISTRY.register(DECORD_LOADER)
@@ -93,7 +84,7 @@ class DecordVideoLoader(VideoLoader):
             raise VideoError(f"the file is not a video that decord can decode: {error}") from error
         finally:
             del reader
-        return frames, _metadata(DecodedVideo(frames, wanted, total, rate, total / rate), DECORD_LOADER)
+        return frames, DecodedVideo(frames, wanted, total, rate, total / rate).metadata(DECORD_LOADER)
 
 
 def _max_bytes(self: VideoMediaIO) -> int | None:
@@ -101,4 +92,33 @@ def _max_bytes(self: VideoMediaIO) -> int | None:
     return self.kwargs.get("max_bytes")
 
 
+_upstream_load_base64 = VideoMediaIO.load_base64
+
+
+def _load_base64(self: VideoMediaIO, media_type: str, data: str) -> Any:
+    """``video/jpeg`` (JPEGs with commas between) never reaches a loader; hold it to the same limits here."""
+    if media_type.lower() == "video/jpeg" and isinstance(self.video_loader, PyAVVideoLoader | DecordVideoLoader):
+        options = {k: v for k, v in self.kwargs.items() if k in DecodeLimits.__dataclass_fields__}
+        _check_jpeg_sequence(data, self.num_frames, DecodeLimits(**options))
+    return _upstream_load_base64(self, media_type, data)
+
+
+def _check_jpeg_sequence(data: str, max_frames: int, limits: DecodeLimits) -> None:
+    if len(data) > limits.max_bytes:
+        raise VideoError(f"the video has {len(data)} bytes, more than max_bytes = {limits.max_bytes}")
+    total = 0
+    for part in data.split(",", max_frames)[:max_frames]:
+        try:
+            with Image.open(io.BytesIO(pybase64.b64decode(part, validate=True))) as picture:
+                width, height = picture.size  # from the header: nothing is decoded
+        except (OSError, Image.DecompressionBombError) as error:
+            raise VideoError(f"a frame of the video/jpeg sequence is not a picture: {error}") from error
+        total += width * height * 3
+        if width * height > limits.max_pixels:
+            raise VideoError(f"a frame of the video is {width}x{height}, more than max_pixels = {limits.max_pixels}")
+        if total > limits.max_output_bytes:
+            raise VideoError(f"the frames of the video are more than max_output_bytes = {limits.max_output_bytes}")
+
+
 VideoMediaIO.get_max_bytes = _max_bytes
+VideoMediaIO.load_base64 = _load_base64

@@ -20,7 +20,10 @@ from typing import Any
 
 import pytest
 
+from score_vllm import methods
+
 API_KEY = "test-key"
+ROOT = Path(__file__).resolve().parents[2]
 SCORE_SERVE = Path(sys.executable).parent / "score-serve"
 
 
@@ -105,6 +108,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Path], cac
     url = f"http://127.0.0.1:{port}"
     args = ["--model", "demo", "--retention", "0.1", "--host", "127.0.0.1", "--port", str(port)]
     args += ["--api-key", API_KEY, "--allowed-local-media-path", str(media), "--allowed-media-domains", "127.0.0.1"]
+    args += ["--allow-methods", ",".join(methods.names())]
     log = folder / "server.log"
     process = start(args, environment(cache), log)
     try:

@@ -6,6 +6,10 @@ import base64
 import functools
 import http.server
 import json
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -15,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from score_vllm import num_retained_tokens
+from score_vllm import methods, num_retained_tokens
 from score_vllm.video import decode_video
 
 openai = pytest.importorskip("openai")
-from .conftest import API_KEY, Server  # noqa: E402
+from .conftest import API_KEY, ROOT, Server, free_port  # noqa: E402
 
 RATIOS = (1.0, 0.25, 0.1)
 SHARED_VIDEOS = (
@@ -48,7 +52,7 @@ def chat(server: Server, messages: list[dict[str, Any]], **fields: Any) -> Any:
     return server.client().chat.completions.create(model="demo", messages=messages, extra_body=extra, **fields)
 
 
-EXTRA_FIELDS = ("retention_ratio", "mm_processor_kwargs", "media_io_kwargs", "ignore_eos")
+EXTRA_FIELDS = ("retention_ratio", "retention_method", "mm_processor_kwargs", "media_io_kwargs", "ignore_eos")
 
 
 def post(
@@ -64,9 +68,9 @@ def post(
         return error.code, json.loads(error.read() or b"{}")
 
 
-def check_counts(answer: Any, ratio: float) -> dict[str, Any]:
+def check_counts(answer: Any, ratio: float, method: str = "score") -> dict[str, Any]:
     score = answer.score
-    assert score["method"] == "score"
+    assert score["method"] == method
     assert score["retention_ratio"] == ratio
     (video,) = score["videos"]
     t, h, w = video["grid"]
@@ -101,12 +105,19 @@ def test_clips_made_here(name: str, server: Server, clips: dict[str, Path]) -> N
         check_counts(chat(server, ask(data_url(clips[name])), retention_ratio=ratio), ratio)
 
 
-def test_readme_example(server: Server, clips: dict[str, Path], shared_dir: Path) -> None:
-    """A tenth of the tokens of the clip in the README, by the server's default."""
-    answer = chat(server, ask(data_url(shared_dir / "videos" / "nasa_13013.mp4")), max_tokens=32)
-    video = check_counts(answer, 0.1)
-    assert (video["original_tokens"], video["retained_tokens"]) == (858, 85)
-    assert answer.usage.completion_tokens > 0
+def test_readme_example(server: Server, shared_videos: Path, tmp_path: Path) -> None:
+    """The README's client code, as printed, about the clip that it shows the counts of."""
+    readme = (ROOT / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI(" in block)
+    shown = re.search(r"```\n(\{'method': .*?\})\n```", readme)
+    assert shown is not None
+    shutil.copy(shared_videos / "nasa_13013.mp4", tmp_path / "clip.mp4")
+    for printed, here in (("http://127.0.0.1:8000", server.url), ('api_key="none"', f'api_key="{API_KEY}"')):
+        assert printed in code
+        code = code.replace(printed, here)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().splitlines()[-1] == shown.group(1)
 
 
 def test_default_ratio_and_file_url(server: Server) -> None:
@@ -128,6 +139,30 @@ def test_one_ratio_per_video(server: Server, clips: dict[str, Path]) -> None:
         assert video["retained_tokens"] == num_retained_tokens(video["original_tokens"], ratio)
     both = chat(server, messages, retention_ratio=0.3)
     assert [v["retention_ratio"] for v in both.score["videos"]] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_over_a_real_video(method: str, server: Server, shared_videos: Path) -> None:
+    messages = ask(data_url(shared_videos / "nasa_13013.mp4"))
+    for ratio in RATIOS:
+        answer = chat(server, messages, retention_ratio=ratio, retention_method=method)
+        check_counts(answer, ratio, method)
+
+
+@pytest.mark.parametrize("bad", ["magic", "", 3, ["evs"], True])
+def test_bad_method_is_a_400_that_names_the_known_ones(bad: Any, server: Server, clips: dict[str, Path]) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(server, ask(data_url(clips["plain"])), retention_method=bad)
+    error = caught.value.response.json()["error"]
+    assert error["param"] == "retention_method"
+    assert "retention_method must be" in error["message"]
+
+
+def test_large_bodies_pass_other_routes_in_linear_time(server: Server) -> None:
+    """Collected once, in pieces, and only where the field could be meant."""
+    filler = b'{"model": "demo", "prompt": "' + b"x" * (32 << 20) + b'"}'
+    assert post(server, "/v1/completions", filler)[0] == 400, "too long a prompt for the model, said by vLLM"
+    assert post(server, "/no/such/route", {"retention_ratio": 1})[0] == 404
 
 
 def test_text_only_request(server: Server) -> None:
@@ -212,6 +247,29 @@ def test_bad_url_is_a_4xx(url: str, server: Server, clips: dict[str, Path]) -> N
     assert status == answer["error"]["code"]
 
 
+@pytest.mark.parametrize("path", ["missing.mp4", ".", "a/b.mp4"])
+def test_missing_file_is_the_clients_mistake(path: str, server: Server) -> None:
+    body = {"model": "demo", "messages": ask(f"file://{server.media}/{path}")}
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert status == 400, answer
+    assert str(server.media) not in answer["error"]["message"]
+
+
+def test_unreachable_host_is_the_clients_mistake(server: Server) -> None:
+    """Nothing listens on this port of the allowed domain."""
+    body = {"model": "demo", "messages": ask(f"http://127.0.0.1:{free_port()}/clip.mp4")}
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert 400 <= status < 500, answer
+
+
+@pytest.mark.parametrize("field", ["retention", "retention-ratio", "retentionRatio", "retention_ration"])
+def test_near_misses_of_our_fields_are_refused(field: str, server: Server, clips: dict[str, Path]) -> None:
+    body = {"model": "demo", "messages": ask(data_url(clips["plain"])), field: 0.5}
+    status, answer = post(server, "/v1/chat/completions", body)
+    assert status == 400
+    assert "did you mean 'retention_ratio'" in answer["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def http_files(clips: dict[str, Path]) -> Iterator[str]:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clips["plain"].parent))
@@ -258,9 +316,13 @@ def test_client_options_stay_refused(field: str, server: Server, clips: dict[str
 def test_other_routes_refuse_the_field(path: str, body: dict[str, Any], server: Server) -> None:
     without, _ = post(server, path, {"model": "demo", **body})
     assert without == 200, "the route itself must work"
-    status, answer = post(server, path, {"model": "demo", "retention_ratio": 0.5, **body})
-    assert status == 400
-    assert "retention_ratio" in answer["error"]["message"]
+    for field, value in (("retention_ratio", 0.5), ("retention_method", "evs")):
+        status, answer = post(server, path, {"model": "demo", field: value, **body})
+        assert status == 400
+        assert field in answer["error"]["message"]
+    assert post(server, path, json.dumps({"retention_ratio": 0.5, **body}).encode("utf-16"))[0] == 400
+    nested = b'{"model": "demo", "x": "\\u0041", "y": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert post(server, path, nested)[0] == 400
     escaped = json.dumps({"model": "demo", "retention_ratio": 0.5, **body}).replace("retention_r", "retention\\u005fr")
     assert post(server, path, escaped.encode())[0] == 400
 
@@ -312,7 +374,7 @@ def test_metrics_count_what_happened(server: Server, fresh_clip: Path) -> None:
     assert grew("score_compressor_seconds_sum") > 0
 
 
-def test_concurrent_requests_agree_with_single_ones(server: Server, clips: dict[str, Path]) -> None:
+def test_concurrent_requests_keep_their_own_ratios(server: Server, clips: dict[str, Path]) -> None:
     """Different ratios in one batch do not leak into each other."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from score_vllm import methods
 from score_vllm.config import ServingConfig
 
 # Every request is cut into chunks of this many tokens, so boundaries fall inside videos all the time.
@@ -31,11 +32,13 @@ class Engine:
 
     llm: Any
     compressed: list[tuple[torch.Tensor, Any, float, int]] = field(default_factory=list)
+    saliency: list[torch.Tensor] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
 
     def clear(self) -> None:
         self.compressed.clear()
+        self.saliency.clear()
         self.images.clear()
         self.positions.clear()
 
@@ -46,7 +49,8 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
     pytest.importorskip("vllm")
     from vllm import LLM
 
-    serving = ServingConfig(retention_ratio=0.1, method="score", policy=str(tiny_policy))
+    others = tuple(name for name in methods.names() if name != "score")
+    serving = ServingConfig(0.1, "score", allowed_methods=others, policy=str(tiny_policy))
     llm = LLM(
         model=str(tiny_model),
         hf_overrides=serving.to_overrides(),
@@ -65,9 +69,12 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
     compress, process_image = model.compressor.compress, model._process_image_input
     inner_forward = model.language_model.model.forward
 
-    def spy_compress(x: torch.Tensor, grid: Any, t_factor: float, num_retained: int) -> torch.Tensor:
+    def spy_compress(
+        x: torch.Tensor, grid: Any, t_factor: float, num_retained: int, method: str, saliency: torch.Tensor
+    ) -> torch.Tensor:
         made.compressed.append((x.clone(), grid, t_factor, num_retained))
-        return compress(x, grid, t_factor, num_retained)
+        made.saliency.append(saliency.clone())
+        return compress(x, grid, t_factor, num_retained, method, saliency)
 
     def spy_image(image_input: Any) -> Any:
         out = process_image(image_input)

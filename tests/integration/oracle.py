@@ -17,12 +17,14 @@ class VisualItem:
         grid: token grid (t, h, w).
         t_factor: positions per temporal cell; images have one cell.
         kept: [K] flat indices that stay.
+        rows: [K, D] what stands at those places, where a method merges; None: the features themselves.
     """
 
     features: torch.Tensor
     grid: tuple[int, int, int]
     t_factor: float
     kept: torch.Tensor
+    rows: torch.Tensor | None = None
 
 
 def unpruned_positions(prompt: list[int | VisualItem]) -> tuple[list[torch.Tensor], int]:
@@ -66,7 +68,7 @@ def greedy(
     rows, positions = [], []
     for part, ids in zip(prompt, parts, strict=True):
         if isinstance(part, VisualItem):
-            rows.append(part.features[part.kept].float())
+            rows.append((part.features[part.kept] if part.rows is None else part.rows).float())
             positions.append(ids[:, part.kept])
         else:
             rows.append(embed(torch.tensor([part])))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("vllm")
 from vllm.multimodal.media.image import ImageMediaIO
@@ -23,10 +26,15 @@ from score_vllm.video import VideoError
 
 
 def engine_config(**changes: Any) -> Any:
-    options: dict[str, Any] = {"pipeline": 1, "dbo": False, "speculative": None, "pruning": None, **changes}
+    options: dict[str, Any] = {"pipeline": 1, "dbo": False, "speculative": None, "pruning": None}
+    options |= {"ubatch": False, "tower_lora": False, **changes}
     multimodal = SimpleNamespace(video_pruning_rate=options["pruning"])
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=options["pipeline"], enable_dbo=options["dbo"], use_ubatching=options["ubatch"]
+    )
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=options["pipeline"], enable_dbo=options["dbo"]),
+        parallel_config=parallel,
+        lora_config=SimpleNamespace(enable_tower_connector_lora=options["tower_lora"]),
         speculative_config=options["speculative"],
         model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
     )
@@ -42,6 +50,8 @@ def test_plain_engine_is_accepted() -> None:
     [
         ({"pipeline": 2}, "--pipeline-parallel-size 2"),
         ({"dbo": True}, "--enable-dbo"),
+        ({"ubatch": True}, "micro-batches"),
+        ({"tower_lora": True}, "--enable-tower-connector-lora"),
         ({"speculative": SimpleNamespace(method="eagle")}, "'eagle'"),
         ({"pruning": 0.5}, "--video-pruning-rate 0.5"),
     ],
@@ -96,6 +106,27 @@ def test_downloads_stop_at_our_cap() -> None:
     media = VideoMediaIO(ImageMediaIO(), video_backend=video_loaders.PYAV_LOADER, max_bytes=1234)
     assert media.get_max_bytes() == 1234
     assert VideoMediaIO(ImageMediaIO(), video_backend="opencv").get_max_bytes() is None
+
+
+def jpeg(width: int, height: int) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_jpeg_sequences_meet_the_same_limits() -> None:
+    """vLLM decodes `video/jpeg` data URLs itself, past every loader."""
+    options = {"num_frames": 8, "max_pixels": 64 * 64, "max_output_bytes": 3 * 64 * 64 * 3}
+    media = VideoMediaIO(ImageMediaIO(), video_backend=video_loaders.PYAV_LOADER, **options)
+    frames, _ = media.load_base64("video/jpeg", ",".join([jpeg(64, 64)] * 3))
+    assert frames.shape == (3, 64, 64, 3)
+    for data, message in {
+        jpeg(65, 64): "max_pixels = 4096",
+        ",".join([jpeg(64, 64)] * 4): "max_output_bytes",
+        base64.b64encode(b"not a picture").decode(): "not a picture",
+    }.items():
+        with pytest.raises(VideoError, match=message):
+            media.load_base64("video/jpeg", data)
 
 
 def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 
 pytest.importorskip("vllm")
 from score_vllm import RetentionPolicy
-from score_vllm.server import cli
+from score_vllm.server import arguments, cli, options
 
 
 @pytest.fixture(scope="module")
 def parser() -> Any:
-    return cli.build_parser()
+    return arguments.build_parser()
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def _demo_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 def configure(parser: Any, *argv: str) -> tuple[argparse.Namespace, str | None]:
     args = parser.parse_args(list(argv))
-    return args, cli.configure(args)
+    return args, options.configure(args)
 
 
 def test_demo(parser: Any) -> None:
@@ -48,11 +49,11 @@ def test_defaults_are_the_documented_ones(parser: Any) -> None:
 
 @pytest.mark.parametrize("size", ["3B", "7B", "32B", "72B"])
 def test_short_names(size: str) -> None:
-    model = cli.resolve_model(f"Qwen2.5-VL-{size}")
+    model = options.resolve_model(f"Qwen2.5-VL-{size}")
     assert model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
     assert model.served_names == [f"Qwen2.5-VL-{size}", model.path]
-    with pytest.raises(cli.UsageError, match="did you mean"):
-        cli.resolve_model(f"qwen2.5-vl-{size}")
+    with pytest.raises(options.UsageError, match="did you mean"):
+        options.resolve_model(f"qwen2.5-vl-{size}")
 
 
 def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
@@ -75,12 +76,15 @@ def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
     assert video["max_pixels"] == 10_000_000
     assert args.media_io_kwargs["image"] == {"image_mode": "RGB"}
     args, _ = configure(parser, "--model", "demo", "--video-loader", "vllm", "--max-frames", "16")
-    assert args.media_io_kwargs["video"] == {"num_frames": 16}
+    assert args.media_io_kwargs["video"] == {"num_frames": 16, "max_frames": 16}, "vLLM's Qwen loader heeds the second"
+    assert args.limit_mm_per_prompt["video"] == 8
+    args, _ = configure(parser, "--model", "demo", "--limit-mm-per-prompt", '{"video": 2, "image": 3}')
+    assert args.limit_mm_per_prompt == {"video": 2, "image": 3}
 
 
 def test_a_model_without_policy_warns_and_names_the_trainer(parser: Any, tiny_model: Path) -> None:
     args, warning = configure(parser, "--model", str(tiny_model))
-    assert args.hf_overrides["score"]["method"] == cli.TRAINING_FREE_METHOD
+    assert args.hf_overrides["score"]["method"] == options.TRAINING_FREE_METHOD
     assert warning is not None
     assert "python -m score_vllm.train" in warning
     assert args.served_model_name == [str(tiny_model)]
@@ -95,7 +99,7 @@ def test_other_overrides_survive(parser: Any, tiny_model: Path, tiny_policy: Pat
 
 
 def refused(parser: Any, *argv: str) -> str:
-    with pytest.raises(cli.UsageError) as caught:
+    with pytest.raises(options.UsageError) as caught:
         configure(parser, *argv)
     message = str(caught.value)
     assert "\n" not in message.strip()
@@ -131,6 +135,9 @@ def test_broken_policies(parser: Any, tiny_model: Path, tmp_path: Path) -> None:
         (("--pipeline-parallel-size", "2"), "--tensor-parallel-size"),
         (("--video-pruning-rate", "0.5"), "use --retention"),
         (("--worker-extension-cls", "a.B"), "--worker-extension-cls"),
+        (("--enable-dbo",), "--enable-dbo"),
+        (("--enable-tower-connector-lora",), "--enable-tower-connector-lora"),
+        (("--speculative-config", '{"method": "eagle", "model": "a/b", "num_speculative_tokens": 2}'), "'eagle'"),
     ],
 )
 def test_options_that_cannot_be_combined(parser: Any, argv: tuple[str, ...], message: str) -> None:
@@ -166,19 +173,73 @@ def test_bad_values(parser: Any, argv: tuple[str, ...], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
+def test_mistakes_in_our_options_need_no_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line of usage and one of error, in the second before vLLM is imported."""
+    for argv, message in {
+        (): "--model is required",
+        ("--retention", "2", "--model", "demo"): "(0, 1]",
+        ("--model", "demo", "--fps", "0"): "(0, 240]",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            arguments.check_early(list(argv))
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 2
+    for argv in (["--model", "demo"], ["owner/name"], ["--config", "file.yaml"], ["--model=demo", "--port", "1"]):
+        arguments.check_early(argv)
+    with pytest.raises(SystemExit) as caught:
+        arguments.check_early(["--help"])
+    assert caught.value.code == 0
+    assert "--retention RATIO" in capsys.readouterr().out
+
+
+def test_a_mistyped_option_is_recognised(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "demo", "--retension", "0.1"])
+    error = capsys.readouterr().err
+    assert "did you mean --retention?" in error
+    assert len(error.splitlines()) == 2
+
+
+def test_a_taken_port_is_said_before_loading(parser: Any) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        assert f"--port {port} cannot be used" in refused(
+            parser, "--model", "demo", "--host", "127.0.0.1", "--port", port
+        )
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "/no/where", "a/b/c"])
+def test_names_that_cannot_be_hub_ids_are_not_asked_for(name: str) -> None:
+    with pytest.raises(options.UsageError, match="is no directory, no hub id"):
+        options.resolve_model(name)
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [(None, "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]"), ("h", "h")],
+)
+def test_the_banner_names_an_address_to_connect_to(host: str | None, shown: str) -> None:
+    names = {"served_model_name": ["m"], "retention": 0.1, "score_clip": None, "ssl_certfile": None}
+    assert f"http://{shown}:80/v1" in cli.banner(argparse.Namespace(host=host, port=80, **names))
+
+
 def test_setting_the_allow_list_keeps_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    cli.check_plugins()
-    names = set(cli.os.environ["VLLM_PLUGINS"].split(","))
+    options.check_plugins()
+    names = set(options.os.environ["VLLM_PLUGINS"].split(","))
     assert "score" in names
-    for group in cli.DEFAULT_ON_GROUPS:
-        assert {point.name for point in cli.entry_points(group=group)} <= names
+    for group in options.DEFAULT_ON_GROUPS:
+        assert {point.name for point in options.entry_points(group=group)} <= names
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    cli.check_plugins()
-    assert cli.os.environ["VLLM_PLUGINS"] == "other,score"
+    options.check_plugins()
+    assert options.os.environ["VLLM_PLUGINS"] == "other,score"
 
 
 def test_a_missing_entry_point_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
-    with pytest.raises(cli.UsageError, match="is missing"):
-        cli.check_plugins()
+    monkeypatch.setattr(options, "entry_points", lambda **_: [])
+    with pytest.raises(options.UsageError, match="is missing"):
+        options.check_plugins()

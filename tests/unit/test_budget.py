@@ -26,6 +26,7 @@ from score_vllm.budget import check_retention_ratio
         (7, 1.0, 7),
         (1000, 1e-9, 1),
         (3, Decimal("0.7"), 2),
+        (100, Decimal("0.9999999999999999999999999999999"), 99),
         (100, np.float64(0.29), 29),
     ],
 )
@@ -46,13 +47,13 @@ def test_is_monotonic_and_in_range(tokens: int, a: float, b: float) -> None:
     assert 1 <= num_retained_tokens(tokens, low) <= num_retained_tokens(tokens, high) <= tokens
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.01, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [0, -1, 1.01, float("nan"), float("inf"), float("-inf"), 10**400])
 def test_values_out_of_range(bad: float) -> None:
     with pytest.raises(ValueError, match=r"retention_ratio must be a number in \(0, 1\], got"):
         num_retained_tokens(10, bad)
 
 
-@pytest.mark.parametrize("bad", ["0.5", True, False, None, [0.5], {}])
+@pytest.mark.parametrize("bad", ["0.5", True, False, None, [0.5], {}, Fraction(1, 3)])
 def test_not_a_number(bad: object) -> None:
     with pytest.raises(TypeError, match="my_field must be a number"):
         check_retention_ratio(bad, "my_field")

@@ -15,10 +15,11 @@ MOUNTED = [name for name in ("kernels", "server", "train") if (ROOT / name).is_d
 
 # Lower rooms first; a module may import from its own room and from lower ones.
 ROOMS = [
-    {"budget", "types", "config", "sampling"},
+    {"budget", "types", "config", "sampling", "video_file"},
     {"kernels", "video"},
     {"policy", "positions"},
-    {"methods", "compressor", "demo", "viz"},
+    {"methods", "compressor", "demo", "features"},
+    {"painting", "viz", "video_process"},
     {"models"},
     {"plugin", "server", "train"},
 ]

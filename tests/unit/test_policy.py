@@ -224,6 +224,8 @@ class TestServingConfig:
             ({"retention_ratio": 0.1}, "needs policy"),
             ({"retention_ratio": 0.1, "method": 3}, "method"),
             ({"policy": 7}, "policy"),
+            ({"method": "uniform", "allowed_methods": "random"}, "allowed_methods"),
+            ({"method": "uniform", "allowed_methods": ["score"]}, "needs policy"),
             ({"speed": 11}, "unknown keys"),
             ("fast", "must be an object"),
         ],
@@ -236,17 +238,20 @@ class TestServingConfig:
             ServingConfig.from_hf_config(Config())
 
     def test_cache_key_separates_what_differs(self) -> None:
-        keys = {
-            config.cache_key(ratio)
-            for config in (
-                ServingConfig(1.0, "uniform"),
-                ServingConfig(1.0, "random"),
-                ServingConfig(1, "score", "p", "d1"),
-            )
-            for ratio in (1.0, 0.5, 0.1)
-        }
-        assert len(keys) == 9
-        assert ServingConfig(0.1, "uniform").cache_key(1) == ServingConfig(0.9, "uniform").cache_key(1.0)
+        configs = [
+            ServingConfig(1.0, "uniform"),
+            ServingConfig(1.0, "random"),
+            ServingConfig(1.0, "score", policy="p", policy_digest="d1"),
+            ServingConfig(1.0, "score", policy="p", policy_digest="d2"),
+        ]
+        keys = {config.cache_key(ratio, config.method) for config in configs for ratio in (1.0, 0.5, 0.1)}
+        assert len(keys) == 12
+        one = ServingConfig(0.1, "uniform").cache_key(1, "uniform")
+        assert one == ServingConfig(0.9, "random").cache_key(1.0, "uniform")
+
+    def test_default_method_stands_first(self) -> None:
+        serving = ServingConfig(0.1, "uniform", allowed_methods=["random", "uniform"])  # type: ignore[arg-type]
+        assert serving.methods == ("uniform", "random")
 
 
 def test_ops_topk_and_gather_by_hand() -> None:

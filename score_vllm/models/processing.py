@@ -1,0 +1,275 @@
+"""The processor's half of the adapter: K placeholders per video, cache identities, and the report of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+
+from score_vllm.budget import check_retention_ratio, num_retained_tokens
+from score_vllm.config import ServingConfig
+from score_vllm.policy import RetentionPolicy
+from score_vllm.positions import position_extent
+from score_vllm.types import VideoGrid
+
+# What a request may say, among vLLM's ``mm_processor_kwargs``.
+RATIO_KEY = "retention_ratio"
+METHOD_KEY = "retention_method"
+# The same, resolved to one spec per video, on its way through the processor. It goes no further: vLLM would load a
+# Hugging Face processor for every distinct value.
+SPECS_KEY = "score_specs"
+# Per video, on its way to the worker: K, and the method as an index into ``ServingConfig.methods``.
+NUM_RETAINED_KEY = "score_num_retained"
+METHOD_INDEX_KEY = "score_method_index"
+REPORT_KEY = "score"
+
+# Rotary tables of vLLM's M-RoPE models hold this many times max_position_embeddings.
+_ROTARY_TABLE_FACTOR = 4
+
+
+class RequestFieldError(VLLMValidationError, ValueError):
+    """A field of a request is wrong: 400 with its name in the server, ValueError for library users."""
+
+    def __init__(self, message: str, field: str = RATIO_KEY) -> None:
+        super().__init__(message, parameter=field)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """What one video is compressed by."""
+
+    retention_ratio: float
+    method: str
+
+
+def grid_of(grid_thw: torch.Tensor, merge_size: int) -> VideoGrid:
+    """Token grid after the merger, from a [3] patch grid."""
+    t, h, w = (int(value) for value in grid_thw)
+    return VideoGrid(t, h // merge_size, w // merge_size)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoReport:
+    """What happened to one video; becomes an entry of the response's ``score.videos``."""
+
+    grid: VideoGrid
+    original_tokens: int
+    retained_tokens: int
+    spec: VideoSpec
+    position_extent: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "grid": [self.grid.t, self.grid.h, self.grid.w],
+            "original_tokens": self.original_tokens,
+            "retained_tokens": self.retained_tokens,
+            "retention_ratio": self.spec.retention_ratio,
+        }
+
+
+@dataclass
+class _CompressedPlaceholder(PromptUpdateDetails):
+    """K placeholder tokens, with the report that vLLM's processor cache must keep beside them."""
+
+    report: VideoReport | None = None
+
+
+# The reports of the call of ``apply`` in progress: processors are shared between threads.
+_reports: ContextVar[list[VideoReport]] = ContextVar("score_video_reports")
+
+
+class CompressionProcessorMixin:
+    """Put before a family's multimodal processor; inert where no serving configuration is present."""
+
+    def _setup_compression(self, video_token: str) -> None:
+        info: Any = self.info  # type: ignore[attr-defined]
+        config = info.get_hf_config()
+        self.serving = ServingConfig.from_hf_config(config)
+        self._video_token_id = info.get_tokenizer().get_vocab()[video_token]
+        self._merge_size = config.vision_config.spatial_merge_size
+        self._tokens_per_second = float(getattr(config.vision_config, "tokens_per_second", 1.0))
+        model_config = info.ctx.model_config
+        self._max_length = model_config.max_model_len
+        self._max_position = model_config.hf_text_config.max_position_embeddings * _ROTARY_TABLE_FACTOR
+        if self.serving is not None and self.serving.policy is not None and not self.serving.policy_digest:
+            # Outside score-serve nobody has worked it out; two policies must never share a cache entry.
+            digest = RetentionPolicy.from_pretrained(self.serving.policy).digest()
+            self.serving = replace(self.serving, policy_digest=digest)
+
+    def _resolve_specs(self, inputs: Any) -> tuple[VideoSpec, ...]:
+        """One spec per video of the request; the server's defaults where it names none."""
+        assert self.serving is not None
+        videos = inputs.mm_data_items.get("video")
+        count = len(videos) if videos is not None else 0
+        asked = inputs.hf_processor_mm_kwargs
+        method = self._resolve_method(asked.get(METHOD_KEY))
+        ratios = resolve_ratios(asked.get(RATIO_KEY), count, self.serving.retention_ratio)
+        return tuple(VideoSpec(ratio, method) for ratio in ratios)
+
+    def _resolve_method(self, asked: Any) -> str:
+        assert self.serving is not None
+        if asked is None:
+            return self.serving.method
+        if asked not in self.serving.methods:
+            raise RequestFieldError(
+                f"{METHOD_KEY} must be one of {list(self.serving.methods)} on this server, got {asked!r}", METHOD_KEY
+            )
+        return asked
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Profile memory with nothing dropped: a request may ask for ratio 1."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        if self.serving is not None:
+            inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, RATIO_KEY: 1.0}
+        return inputs
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """vLLM's door; adds a ``score`` report of the videos to the result."""
+        if self.serving is None:
+            for key in (RATIO_KEY, METHOD_KEY):
+                if key in inputs.hf_processor_mm_kwargs:
+                    raise RequestFieldError(f"{key} was given, but this engine runs without SCORE compression", key)
+            return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        kwargs = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k not in (RATIO_KEY, METHOD_KEY)}
+        kwargs[SPECS_KEY] = self._resolve_specs(inputs)
+        reports: list[VideoReport] = []
+        token = _reports.set(reports)
+        try:
+            result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
+        finally:
+            _reports.reset(token)
+        self._check_position_range(reports)
+        result[REPORT_KEY] = reports
+        return result
+
+    def _check_position_range(self, reports: Sequence[VideoReport]) -> None:
+        """Positions outside the rotary table would read wild memory: refuse what could reach them, decode included."""
+        spanned = sum(report.position_extent for report in reports)
+        if self._max_length + spanned > self._max_position:
+            raise RequestFieldError(
+                f"the videos span {spanned} positions, of which the model has {self._max_position - self._max_length} "
+                "beside its longest text: they last too long, or their frame rate metadata is wrong",
+                "video_url",
+            )
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Ratio, method and policy become part of each video's identity; images keep theirs."""
+        if self.serving is None:
+            return super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        specs, clean = _split_specs(inputs.hf_processor_mm_kwargs)
+        hashes = dict(super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=clean)))  # type: ignore[misc]
+        if "video" in hashes:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
+            hashes["video"] = [
+                MultiModalHasher.hash_kwargs(
+                    algorithm, mm_hash=digest, score=self.serving.cache_key(spec.retention_ratio, spec.method)
+                )
+                for digest, spec in zip(hashes["video"], specs, strict=True)
+            ]
+        return hashes
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Mapping[str, list[bool]]) -> Any:
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
+        if self.serving is None or "video" not in mm_is_cached:
+            return kwargs
+        specs, clean = _split_specs(kwargs)
+        missing = tuple(spec for spec, hit in zip(specs, mm_is_cached["video"], strict=True) if not hit)
+        return {**clean, SPECS_KEY: missing}
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        """Run the family's processor without our key, then fix K once, for every later use."""
+        specs, clean = _split_specs(hf_kwargs)
+        try:
+            data = super()._apply_hf_processor_main(mm_items, clean)  # type: ignore[misc]
+        except ValueError as error:
+            # vLLM's message prints every pixel; its cause says what was wrong.
+            if self.serving is None or error.__cause__ is None:
+                raise
+            raise ValueError(f"the model's processor refused a video or image: {error.__cause__}") from error
+        if self.serving is not None and "video_grid_thw" in data:
+            grids = [grid_of(thw, self._merge_size) for thw in data["video_grid_thw"]]
+            kept = [num_retained_tokens(g.num_tokens, s.retention_ratio) for g, s in zip(grids, specs, strict=True)]
+            data[NUM_RETAINED_KEY] = torch.tensor(kept, dtype=torch.int64)
+            known = self.serving.methods
+            data[METHOD_INDEX_KEY] = torch.tensor([known.index(s.method) for s in specs], dtype=torch.int64)
+        return data
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
+        _, clean = _split_specs(hf_processor_mm_kwargs)
+        fields = dict(super()._get_mm_fields_config(hf_inputs, clean))  # type: ignore[misc]
+        if self.serving is not None:
+            for key in (NUM_RETAINED_KEY, METHOD_INDEX_KEY):
+                fields[key] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
+        specs, clean = _split_specs(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, clean, out_mm_kwargs)  # type: ignore[misc]
+        if self.serving is None:
+            return updates
+
+        def placeholders(item_idx: int) -> _CompressedPlaceholder:
+            item = out_mm_kwargs["video"][item_idx]
+            report = self._report(item, specs[item_idx])
+            return _CompressedPlaceholder(full=[self._video_token_id] * report.retained_tokens, report=report)
+
+        video = PromptReplacement(modality="video", target=[self._video_token_id], replacement=placeholders)
+        return [update for update in updates if update.modality != "video"] + [video]
+
+    def _report(self, item: Any, spec: VideoSpec) -> VideoReport:
+        grid = grid_of(item["video_grid_thw"].data, self._merge_size)
+        retained = int(item[NUM_RETAINED_KEY].data)
+        extent = position_extent(grid, temporal_factor(item, self._tokens_per_second))
+        return VideoReport(grid, grid.num_tokens, retained, spec, extent)
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        if self.serving is not None:
+            for updates in mm_res.prompt_updates.get("video", []):
+                _reports.get().append(updates[0].content.report)
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+
+
+def resolve_ratios(asked: Any, num_videos: int, default: float) -> tuple[float, ...]:
+    """One ratio per video from what a request said.
+
+    Args:
+        asked: None, a number, or a list with a number per video.
+        num_videos: of the request.
+        default: for None.
+
+    Raises:
+        RequestFieldError: a number out of range, not a number, or a list of another length.
+    """
+    if asked is None:
+        return (default,) * num_videos
+    try:
+        if not isinstance(asked, Sequence) or isinstance(asked, str):
+            return (check_retention_ratio(asked),) * num_videos
+        if len(asked) != num_videos:
+            raise ValueError(
+                f"{RATIO_KEY} must be one number or a list with one number in (0, 1] per video; "
+                f"got {len(asked)} for {num_videos} video(s)"
+            )
+        return tuple(check_retention_ratio(ratio, f"{RATIO_KEY}[{i}]") for i, ratio in enumerate(asked))
+    except (TypeError, ValueError) as error:
+        raise RequestFieldError(str(error)) from error
+
+
+def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict[str, Any]]:
+    """Our key apart from what belongs to the model's own processor."""
+    clean = dict(kwargs)
+    return clean.pop(SPECS_KEY, ()), clean
+
+
+def temporal_factor(item: Mapping[str, Any], tokens_per_second: float) -> float:
+    """Positions per temporal cell of one video item: seconds per cell times tokens per second."""
+    seconds = item.get("second_per_grid_ts")
+    return (1.0 if seconds is None else float(seconds.data)) * tokens_per_second

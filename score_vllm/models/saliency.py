@@ -1,0 +1,96 @@
+"""Per-token saliency from the vision tower's last full attention, for the methods that rank by it.
+
+As FastVID (arXiv 2503.11187) takes it for Qwen2.5-VL: per head, the mean query of a frame against the mean key of
+each merge unit, softmax over the frame's units, mean over heads. vLLM's tower returns no attention, so a hook keeps
+the rotated queries and keys of one block. It is installed only where a served method needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+
+from score_vllm.types import VideoGrid
+
+
+def check_saliency_config(config: Any) -> None:
+    """Refuse set-ups in which the hook would not see every query and key.
+
+    Raises:
+        ValueError: one sentence that names the option.
+    """
+    if config.model_config.get_multimodal_config().mm_encoder_tp_mode == "data":
+        raise ValueError(
+            "methods that rank by attention (fastvid, holitom) do not support --mm-encoder-tp-mode data: "
+            "each rank sees some of the videos only; use the mode 'weights' or another method"
+        )
+    if getattr(config.compilation_config, "compile_mm_encoder", False):
+        raise ValueError(
+            "methods that rank by attention (fastvid, holitom) do not support compile_mm_encoder: "
+            "a compiled tower does not call the hook"
+        )
+
+
+def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merge_unit: int) -> torch.Tensor:
+    """Mean-query attention over merge units, summed over heads.
+
+    Args:
+        query: [T * N * U, H, d] after the rotary embedding; the U patches of a unit are neighbours, units of a frame
+            stand together.
+        key: the same shape.
+        num_frames: T.
+        merge_unit: U, patches per token (4 for a 2x2 merge).
+
+    Returns:
+        [T, N] float32, summed (not yet averaged) over the H heads.
+
+    Source: FastVID, section on the Qwen2.5-VL variant.
+    """
+    heads, width = query.shape[-2:]
+    mean_query = query.float().view(num_frames, -1, heads, width).mean(1)  # [T, H, d]
+    units = key.float().view(num_frames, -1, merge_unit, heads, width).mean(2)  # [T, N, H, d]
+    logits = torch.einsum("thd,tnhd->thn", mean_query, units) * width**-0.5
+    return logits.softmax(-1).sum(1)
+
+
+class AttentionSaliency:
+    """Listens to the last full-attention block of a Qwen2.5-VL tower.
+
+    Args:
+        visual: vLLM's ``Qwen2_5_VisionTransformer``.
+    """
+
+    def __init__(self, visual: Any) -> None:
+        self._visual = visual
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        attention = visual.blocks[max(visual.fullatt_block_indexes)].attn
+        self._total_heads = attention.num_attention_heads_per_partition * attention.tp_size
+        self._parallel = attention.tp_size > 1
+        attention.attn.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # [1, S, H, d] each; the tower runs on one video at a time.
+        self._captured = kwargs["query"][0], kwargs["key"][0]
+
+    def take(self, patch_grid: list[int], grid: VideoGrid) -> torch.Tensor:
+        """Saliency of the video that the tower has just seen.
+
+        Args:
+            patch_grid: its [t, h, w] in patches.
+            grid: its token grid.
+
+        Returns:
+            [T, N] float32, in the order of the merger's output.
+        """
+        assert self._captured is not None, "the tower has not run"
+        query, key = self._captured
+        self._captured = None
+        merge_unit = self._visual.spatial_merge_unit
+        summed = frame_saliency(query, key, grid.t, merge_unit)
+        if self._parallel:
+            summed = tensor_model_parallel_all_reduce(summed)
+        # The tower works in window order; the same indices that restore its output restore this.
+        order = self._visual.prepare_encoder_metadata([patch_grid])["reverse_indices"].to(summed.device)
+        return (summed / self._total_heads).flatten()[order].view(grid.t, grid.tokens_per_frame)

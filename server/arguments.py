@@ -1,0 +1,140 @@
+"""Our own command-line options, checked before vLLM is imported: a slip costs a second, not a start-up."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any
+
+from score_vllm import methods
+from score_vllm.budget import check_retention_ratio
+from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+from score_vllm.server.options import LOADERS, SHORT_NAMES, TRAINING_FREE_METHOD
+
+PROG = "score-serve"
+USAGE = "score-serve --model MODEL [--retention RATIO] [SCORE options] [options of vLLM's server]"
+DESCRIPTION = "vLLM's OpenAI-compatible server; videos reach the language model with a fraction of their tokens."
+MODEL_HELP = "a hub id, a directory, 'demo', or a short name: " + ", ".join(SHORT_NAMES)
+
+
+def add_options(parser: Any) -> None:
+    """Add the SCORE group to a parser."""
+    group = parser.add_argument_group("SCORE", f"--model takes {MODEL_HELP}")
+    group.add_argument(
+        "--retention",
+        type=_ratio,
+        default=0.1,
+        metavar="RATIO",
+        help="default fraction of each video's tokens to keep, in (0, 1] (default: %(default)s)",
+    )
+    group.add_argument(
+        "--method",
+        choices=methods.names(),
+        default=None,
+        help=f"selection method (default: score where a policy is there, else {TRAINING_FREE_METHOD})",
+    )
+    group.add_argument(
+        "--allow-methods",
+        type=_method_names,
+        default=(),
+        metavar="NAMES",
+        help="methods, with commas between, that a request may choose by retention_method (default: none)",
+    )
+    group.add_argument(
+        "--policy",
+        default=None,
+        metavar="DIR",
+        help="retention policy for --method score: a directory or a hub id",
+    )
+    group.add_argument(
+        "--max-frames",
+        type=_positive_int,
+        default=None,
+        metavar="N",
+        help=f"most frames read from a video (default: {DEFAULT_MAX_FRAMES})",
+    )
+    group.add_argument(
+        "--fps",
+        type=_positive_float,
+        default=None,
+        metavar="RATE",
+        help=f"frames per second read from a video, as far as --max-frames allows (default: {DEFAULT_FPS:g})",
+    )
+    group.add_argument(
+        "--video-loader",
+        choices=sorted(LOADERS),
+        default="pyav",
+        help="who decodes videos; 'vllm' leaves the choice to vLLM and its media-io-kwargs (default: %(default)s)",
+    )
+
+
+def check_early(argv: list[str]) -> None:
+    """Refuse mistakes in our own options, and print our own help, without importing vLLM.
+
+    Raises:
+        SystemExit: help was asked for (0), or an option is wrong (2).
+    """
+    parser = argparse.ArgumentParser(PROG, USAGE, DESCRIPTION, add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default=None, help=MODEL_HELP)
+    add_options(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="this; --help=all adds every option of vLLM's server")
+    if any(word in ("-h", "--help") for word in argv):
+        parser.print_help()
+        raise SystemExit(0)
+    if any(word.startswith("--help=") for word in argv):
+        return
+    known, rest = parser.parse_known_args(argv)
+    positional = bool(rest) and not rest[0].startswith("-")
+    from_file = any(word == "--config" or word.startswith("--config=") for word in rest)
+    if known.model is None and not positional and not from_file:
+        parser.error(f"--model is required: {MODEL_HELP}")
+
+
+def build_parser() -> Any:
+    """vLLM's own server parser with our group in front."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> None:
+            words = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+            for word in words:
+                close = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
+                if close:
+                    message += f"; did you mean {close[0]}?"
+                    break
+            super().error(message)
+
+    parser = Parser(prog=PROG, usage=USAGE, description=DESCRIPTION)
+    add_options(parser)
+    return make_arg_parser(parser)
+
+
+def _ratio(text: str) -> float:
+    try:
+        return check_retention_ratio(float(text), "--retention")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}") from None
+
+
+def _method_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in methods.names()]:
+        raise argparse.ArgumentTypeError(f"must be names out of {methods.names()}, got {unknown}")
+    return names
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 240:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, 240], got {text!r}")
+    return value

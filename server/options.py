@@ -1,0 +1,257 @@
+"""What the operator's options come to: vLLM's arguments, filled from ours, or one sentence that says what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from score_vllm import plugin
+from score_vllm.config import ServingConfig
+from score_vllm.demo import ensure_demo, ensure_demo_clip
+from score_vllm.models.worker import WORKER_EXTENSION
+from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+
+SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
+DEMO = "demo"
+TRAINING_FREE_METHOD = "vidcom2"
+TRAIN_COMMAND = "python -m score_vllm.train --config train/configs/qwen2_5_vl_7b.toml"
+# Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
+DEFAULT_ON_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+LOADERS = {"pyav": "score_pyav", "decord": "score_decord", "vllm": None}
+MAX_DOWNLOAD_BYTES = 1 << 30
+MAX_VIDEOS_PER_PROMPT = 8
+
+
+class UsageError(Exception):
+    """An operator's mistake; its message is the one sentence that is printed."""
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What ``--model`` stands for."""
+
+    path: str
+    served_names: list[str]
+    demo_policy: str | None = None
+    demo_clip: Path | None = None
+
+
+def resolve_model(name: str) -> ResolvedModel:
+    """Turn ``demo`` and short names into what vLLM loads; the typed name stays usable in requests."""
+    if name == DEMO:
+        model, policy = ensure_demo()
+        return ResolvedModel(str(model), [DEMO], str(policy), ensure_demo_clip(model.parent))
+    if name in SHORT_NAMES:
+        return ResolvedModel(SHORT_NAMES[name], [name, SHORT_NAMES[name]])
+    if looks_short := [known for known in SHORT_NAMES if known.lower() == name.lower()]:
+        raise UsageError(f"--model {name!r} is not known; did you mean {looks_short[0]!r}?")
+    # A hub id is owner/name. Anything else must be here: asking the hub for it would only take time.
+    if not Path(name).expanduser().is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UsageError(
+            f"--model {name!r} is no directory, no hub id (owner/name) and no short name "
+            f"({', '.join([DEMO, *SHORT_NAMES])})"
+        )
+    return ResolvedModel(name, [name])
+
+
+def choose_method(method: str | None, policy: str | None, allowed: tuple[str, ...] = ()) -> tuple[str, str | None]:
+    """Which method runs; ``(method, warning)``.
+
+    Raises:
+        UsageError: ``score`` was asked for by name and there is no policy, or a policy that no method uses.
+    """
+    if policy is not None:
+        if "score" not in (method or "score", *allowed):
+            raise UsageError(f"--policy belongs to --method score, but --method {method} was given; drop one of them")
+        return method or "score", None
+    if "score" in (method, *allowed):
+        raise UsageError(f"method score needs --policy DIR; train one with: {TRAIN_COMMAND}")
+    if method is not None:
+        return method, None
+    return TRAINING_FREE_METHOD, (
+        f"no retention policy is known for this model, so tokens are selected by the training-free method "
+        f"'{TRAINING_FREE_METHOD}'; train a policy with: {TRAIN_COMMAND} and pass it as --policy DIR"
+    )
+
+
+def check_policy(policy: str, hidden_size: int) -> tuple[str, str]:
+    """Load the policy before the engine starts; ``(local directory, digest)``.
+
+    Raises:
+        UsageError: it is missing, incomplete, broken or of another hidden size.
+    """
+    from score_vllm.models.adapter import load_policy
+    from score_vllm.policy import resolve_directory
+
+    try:
+        directory = str(resolve_directory(policy).resolve())
+        return directory, load_policy(directory, hidden_size).digest()
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--policy: {error}") from error
+
+
+def read_model_config(args: argparse.Namespace) -> tuple[str, int]:
+    """``(architecture, hidden size of the language model)`` from the model's own configuration.
+
+    Raises:
+        UsageError: it cannot be read, or the architecture is not supported.
+    """
+    from vllm.transformers_utils.config import get_config
+
+    try:
+        config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
+    except Exception as error:  # whatever the hub, the disk or the file made of it
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--model: cannot read the configuration of {args.model!r}: {reason}") from error
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in plugin.ARCHITECTURES:
+        known = ", ".join(plugin.ARCHITECTURES)
+        raise UsageError(f"--model {args.model!r} is a {architecture}; supported architectures: {known}")
+    return architecture, config.get_text_config().hidden_size
+
+
+def check_plugins() -> None:
+    """vLLM logs and swallows plug-in import errors; import ours here, where an error still stops the start.
+
+    Raises:
+        UsageError: an entry point is missing or does not import.
+    """
+    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
+        found = list(entry_points(group=group, name="score"))
+        if not found:
+            raise UsageError(f"the entry point 'score' of {group} is missing; install score-vllm again (make setup)")
+        try:
+            found[0].load()
+        except Exception as error:
+            raise UsageError(f"the plug-in {found[0].value} does not import: {error!r}") from error
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is None:
+        names = {point.name for group in DEFAULT_ON_GROUPS for point in entry_points(group=group)}
+        os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {"score"}))
+    elif "score" not in [name.strip() for name in chosen.split(",")]:
+        os.environ["VLLM_PLUGINS"] = f"{chosen},score".lstrip(",")
+
+
+def check_engine_options(args: argparse.Namespace) -> None:
+    """Refuse, in one sentence and before anything loads, what the model class would refuse later.
+
+    Raises:
+        UsageError: an option that SCORE cannot be combined with.
+    """
+    if args.pipeline_parallel_size > 1:
+        raise UsageError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size} is not supported: later stages would not see "
+            "the positions of kept tokens; use --tensor-parallel-size"
+        )
+    if args.video_pruning_rate:
+        raise UsageError(
+            f"--video-pruning-rate {args.video_pruning_rate} is vLLM's own pruning; use --retention instead"
+        )
+    if args.enable_dbo:
+        raise UsageError("--enable-dbo is not supported: micro-batches would lose the positions of kept tokens")
+    if args.enable_tower_connector_lora:
+        raise UsageError("--enable-tower-connector-lora is not supported: vLLM sizes its adapters by kept tokens")
+    speculative = dict(args.speculative_config or {}).get("method")
+    if args.speculative_config and speculative not in ("ngram", "suffix"):
+        raise UsageError(
+            f"--speculative-config with method {speculative!r} is not supported: a draft model would read uncompressed "
+            "positions; use 'ngram' or 'suffix'"
+        )
+    if args.worker_extension_cls:
+        raise UsageError("--worker-extension-cls is taken: score-serve checks its workers through it")
+    if getattr(args, "grpc", False):
+        raise UsageError("--grpc is not supported: retention_ratio is a field of the HTTP API")
+
+
+def apply_media_options(args: argparse.Namespace) -> None:
+    """Our loader, frame limits and download cap, under what ``--media-io-kwargs`` says."""
+    given = dict(args.media_io_kwargs or {})
+    video: dict[str, Any] = {}
+    if (loader := LOADERS[args.video_loader]) is not None:
+        video = {"video_backend": loader, "num_frames": DEFAULT_MAX_FRAMES, "fps": DEFAULT_FPS}
+        video["max_bytes"] = MAX_DOWNLOAD_BYTES
+    if args.max_frames is not None:
+        video["num_frames"] = args.max_frames
+        if loader is None:
+            # vLLM picks a loader for Qwen that goes by rate and heeds this name only.
+            video["max_frames"] = args.max_frames
+    if args.fps is not None:
+        video["fps"] = args.fps
+    asked = dict(given.get("video", {}))
+    if asked.get("video_backend", loader) != loader:
+        video.pop("max_bytes", None)  # a key of our loaders
+        video.pop("video_backend", None)
+    args.media_io_kwargs = {**given, "video": {**video, **asked}}
+    if "video" not in args.limit_mm_per_prompt:
+        # vLLM's default is 999: as many decoded videos as that would have to fit in memory at once.
+        args.limit_mm_per_prompt = {**args.limit_mm_per_prompt, "video": MAX_VIDEOS_PER_PROMPT}
+
+
+def apply_demo_defaults(args: argparse.Namespace, model: ResolvedModel) -> None:
+    """The demo starts in seconds on a small machine, and may read its own sample clip."""
+    assert model.demo_clip is not None
+    args.enforce_eager = True
+    if not args.allowed_local_media_path:
+        args.allowed_local_media_path = str(model.demo_clip.parent)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def check_port(args: argparse.Namespace) -> None:
+    """Say now, not after loading, that the port is taken.
+
+    Raises:
+        UsageError: another process listens there.
+    """
+    if args.uds is not None or args.port == 0:
+        return
+    family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((args.host or "", args.port))
+        except OSError as error:
+            raise UsageError(f"--port {args.port} cannot be used: {error.strerror}; choose another --port") from error
+
+
+def configure(args: argparse.Namespace) -> str | None:
+    """Fill vLLM's arguments from ours; returns a warning to print, or None.
+
+    Raises:
+        UsageError: anything an operator can get wrong.
+    """
+    if args.model_tag is not None:
+        args.model, args.model_tag = args.model_tag, None
+    check_engine_options(args)
+    check_port(args)
+    model = resolve_model(args.model)
+    args.model = model.path
+    if args.served_model_name is None:
+        args.served_model_name = model.served_names
+    if model.demo_clip is not None:
+        apply_demo_defaults(args, model)
+    policy = args.policy
+    if policy is None and (args.method in (None, "score") or "score" in args.allow_methods):
+        policy = model.demo_policy
+    method, warning = choose_method(args.method, policy, args.allow_methods)
+    _, hidden_size = read_model_config(args)
+    digest = ""
+    if policy is not None:
+        policy, digest = check_policy(policy, hidden_size)
+    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest)
+    if not isinstance(args.hf_overrides or {}, dict):
+        raise UsageError("--hf-overrides must be a JSON object")
+    args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
+    args.worker_extension_cls = WORKER_EXTENSION
+    apply_media_options(args)
+    args.score_clip = model.demo_clip
+    return warning
