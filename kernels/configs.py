@@ -11,7 +11,8 @@ from dataclasses import dataclass
 # Hidden units that the epilogue sums together, whatever the tile; the widths that kernels take are its multiples.
 GROUP = 64
 
-# A piece of BLOCK_M x GROUP takes about a third of a whole tile's time: below this many rounds, cutting wins.
+# A guess until it is measured on a GPU: a piece of BLOCK_M x GROUP takes a third of a 256 wide tile's time, so that
+# up to two rounds of pieces end before one more wave of whole tiles would.
 _MAX_TAIL_ROUNDS = 2
 
 
