@@ -18,6 +18,7 @@ never by the CPU runner.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ from score_vllm.positions import (
 )
 from score_vllm.types import VideoGrid
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -69,6 +72,7 @@ class VideoCompressor:
             methods.get(name)
         self.policy: RetentionPolicy | None = None
         self._weights: PolicyWeights | None = None
+        self.nan_videos = torch.zeros((), dtype=torch.int64, device="cpu")
         if serving.policy is not None:
             self.policy = load_policy(serving.policy, hidden_size)
             if serving.policy_digest and self.policy.digest() != serving.policy_digest:
@@ -76,14 +80,26 @@ class VideoCompressor:
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
                 )
 
-    def _policy_weights(self, x: torch.Tensor) -> PolicyWeights:
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile the kernels at start-up, so that no request waits for it."""
+        if self.policy is not None and device.type == "cuda":
+            ops.warm_up(self._policy_weights(dtype, device))
+
+    def _policy_weights(self, dtype: torch.dtype, device: torch.device) -> PolicyWeights:
         """The policy in the dtype and on the device of the tokens, cast once."""
-        if self._weights is None or (self._weights.w_in.dtype, self._weights.w_in.device) != (x.dtype, x.device):
+        if self._weights is None or (self._weights.w_in.dtype, self._weights.w_in.device) != (dtype, device):
             assert self.policy is not None, "checked by ServingConfig"
-            policy = self.policy.to(x.device)
+            policy = self.policy.to(device)
             parameters = (policy.w_in, policy.b_in, policy.w_out, policy.b_out)
-            self._weights = ops.pack_weights(*parameters, x.dtype, policy.config.use_residual)
+            self._weights = ops.pack_weights(*parameters, dtype, policy.config.use_residual)
         return self._weights
+
+    def _count_nan(self, has_nan: torch.Tensor) -> None:
+        """NaN scores mean a broken tower or hostile embeddings. Ending the engine would end every request, so such a
+        video keeps tokens by index and is counted; on a GPU the flag stays there, and no sync is paid for it."""
+        self.nan_videos = self.nan_videos.to(has_nan.device) + has_nan
+        if not has_nan.is_cuda and bool(has_nan):
+            logger.error("a video's scores are NaN: its vision features are broken, and so is its answer")
 
     @property
     def needs_saliency(self) -> bool:
@@ -116,8 +132,11 @@ class VideoCompressor:
             video = x.view(grid.t, grid.tokens_per_frame, x.shape[-1])
             if method == "score":
                 table = PositionTable(torch.from_numpy(temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
-                return ops.compress(video, self._policy_weights(x), num_retained, table).buffer
-            kept, _ = select_retained(video, num_retained, method, saliency=saliency)
+                out = ops.compress(video, self._policy_weights(x.dtype, x.device), num_retained, table)
+                self._count_nan(out.has_nan)
+                return out.buffer
+            kept, has_nan = select_retained(video, num_retained, method, saliency=saliency)
+            self._count_nan(has_nan)
             offsets = video_offsets(grid, t_factor).to(x.device, non_blocking=True)[kept.indices]
             return torch.cat([kept.embeddings, pack_offsets(offsets, x.dtype)], dim=1)
 
@@ -189,11 +208,13 @@ class CompressionModelMixin:
         hidden_size = vllm_config.model_config.get_hidden_size()
         # Past the parameters on purpose: the checkpoint loader must not look for the policy's weights.
         object.__setattr__(self, "compressor", VideoCompressor(serving, hidden_size))
+        assert self.compressor is not None
+        device = vllm_config.device_config.device
+        self.compressor.prepare(vllm_config.model_config.dtype, device)
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(scheduler.max_num_batched_tokens, captured)
         # [tokens of a step, 3]; all zero except in a step that has visual rows.
-        device = vllm_config.device_config.device
         offsets = torch.zeros(rows, 3, dtype=torch.int64, device=device)
         # A buffer, so that vLLM's sleep mode keeps it; not persistent, so that no checkpoint has to hold it.
         self.register_buffer("_position_offsets", offsets, persistent=False)  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ class ScoreWorkerExtension:
             "model_class": type(model).__name__,
             "compressing": compressor is not None,
             "method": None if compressor is None else compressor.serving.method,
+            "nan_videos": 0 if compressor is None else int(compressor.nan_videos),
             "policy_digest": "" if policy is None else policy.digest(),
         }
 

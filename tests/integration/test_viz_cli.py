@@ -46,14 +46,16 @@ def test_moving_picture(clips: dict[str, Path], tmp_path: Path) -> None:
         (["{plain}", "-o", "x.gif"], "must end in .png or .mp4"),
         (["{plain}", "--fps", "0", "-o", "x.png"], "--fps > 0"),
         (["{plain}", "--policy", "/nowhere", "-o", "x.png"], "--policy: policy directory '/nowhere' does not exist"),
-        (["{plain}", "--model", "/nowhere", "-o", "x.png"], "needs --policy"),
-        (["{plain}", "--model", "/nowhere", "--method", "evs", "-o", "x.png"], "--model: "),
+        (["{plain}", "--model", "/nowhere", "-o", "x.png"], "--model '/nowhere' is no directory"),
+        (["{plain}", "--model", "{folder}", "-o", "x.png"], "needs --policy"),
+        (["{plain}", "--model", "{folder}", "--method", "evs", "-o", "x.png"], "--model: "),
         (["{audio}", "-o", "x.png"], "no video stream"),
         (["/nowhere.mp4", "-o", "x.png"], "cannot read the video"),
     ],
 )
 def test_mistakes_are_one_sentence(argv: list[str], message: str, clips: dict[str, Path]) -> None:
-    argv = [part.format(plain=clips["plain"], audio=clips["audio"]) for part in argv]
+    plain = clips["plain"]
+    argv = [part.format(plain=plain, audio=clips["audio"], folder=plain.parent) for part in argv]
     with pytest.raises(SystemExit, match=message) as caught:
         viz_cli.main(argv)
     assert str(caught.value).startswith("score-viz: error: ")
