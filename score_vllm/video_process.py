@@ -171,8 +171,9 @@ def _serve_one(connection: Connection) -> None:
     _send_all(connection, video.frames.data.cast("B"))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
@@ -180,7 +181,7 @@ def main(address: str) -> None:
     """The server process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; its end is ours
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(Path(address).parent,), daemon=True).start()
     with Listener(address, family="AF_UNIX", backlog=64) as listener:
         sys.stdout.write("ready\n")
         sys.stdout.flush()

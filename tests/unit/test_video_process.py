@@ -116,15 +116,16 @@ def test_the_server_process_ends_with_its_parent(clips: dict[str, Path], tmp_pat
         "from score_vllm import video_process\n"
         "server = video_process.start()\n"
         "server.connect().close()\n"
-        "print(server._process.pid, flush=True)\n"
+        "print(server._process.pid, server._folder, flush=True)\n"
         "os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    pid = int(done.stdout)
+    pid, folder = done.stdout.split()
     end = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
+    assert not Path(folder).exists(), "nothing may be left behind"
 
 
 def test_stop_leaves_nothing_behind() -> None:
