@@ -86,6 +86,9 @@ class PolicyConfig:
 # Attribute of the Hugging Face config that carries the serving configuration into every process of the engine.
 HF_CONFIG_KEY = "score"
 
+# Speculative decoding without a draft model, which would read uncompressed positions.
+SPECULATIVE_METHODS = ("ngram", "suffix")
+
 
 @dataclass(frozen=True, slots=True)
 class ServingConfig:

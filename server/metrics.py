@@ -25,7 +25,7 @@ def count_videos(reports: Iterable[VideoReport]) -> None:
     """Add the videos of one request."""
     for report in reports:
         _videos.inc()
-        _tokens.labels("original").inc(report.original_tokens)
+        _tokens.labels("original").inc(report.grid.num_tokens)
         _tokens.labels("retained").inc(report.retained_tokens)
         _ratios.observe(report.spec.retention_ratio)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from score_vllm import plugin
-from score_vllm.config import ServingConfig
+from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.demo import ensure_demo, ensure_demo_clip
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
@@ -100,8 +100,8 @@ def check_policy(policy: str, hidden_size: int) -> tuple[str, str]:
         raise UsageError(f"--policy: {error}") from error
 
 
-def read_model_config(args: argparse.Namespace) -> tuple[str, int]:
-    """``(architecture, hidden size of the language model)`` from the model's own configuration.
+def read_hidden_size(args: argparse.Namespace) -> int:
+    """Hidden size of the language model, from the model's own configuration.
 
     Raises:
         UsageError: it cannot be read, or the architecture is not supported.
@@ -117,7 +117,7 @@ def read_model_config(args: argparse.Namespace) -> tuple[str, int]:
     if architecture not in plugin.ARCHITECTURES:
         known = ", ".join(plugin.ARCHITECTURES)
         raise UsageError(f"--model {args.model!r} is a {architecture}; supported architectures: {known}")
-    return architecture, config.get_text_config().hidden_size
+    return int(config.get_text_config().hidden_size)
 
 
 def check_plugins() -> None:
@@ -162,7 +162,7 @@ def check_engine_options(args: argparse.Namespace) -> None:
     if args.enable_tower_connector_lora:
         raise UsageError("--enable-tower-connector-lora is not supported: vLLM sizes its adapters by kept tokens")
     speculative = dict(args.speculative_config or {}).get("method")
-    if args.speculative_config and speculative not in ("ngram", "suffix"):
+    if args.speculative_config and speculative not in SPECULATIVE_METHODS:
         raise UsageError(
             f"--speculative-config with method {speculative!r} is not supported: a draft model would read uncompressed "
             "positions; use 'ngram' or 'suffix'"
@@ -243,7 +243,7 @@ def configure(args: argparse.Namespace) -> str | None:
     if policy is None and (args.method in (None, "score") or "score" in args.allow_methods):
         policy = model.demo_policy
     method, warning = choose_method(args.method, policy, args.allow_methods)
-    _, hidden_size = read_model_config(args)
+    hidden_size = read_hidden_size(args)
     digest = ""
     if policy is not None:
         policy, digest = check_policy(policy, hidden_size)

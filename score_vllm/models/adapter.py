@@ -28,7 +28,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from score_vllm import methods
 from score_vllm.compressor import select_retained
-from score_vllm.config import ServingConfig
+from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.models.processing import grid_of, temporal_factor
@@ -178,7 +178,7 @@ def check_engine_config(config: VllmConfig) -> None:
             "SCORE does not support --enable-tower-connector-lora: vLLM sizes the tower's adapters by kept tokens"
         )
     speculative = config.speculative_config
-    if speculative is not None and speculative.method not in ("ngram", "suffix"):
+    if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
         raise ValueError(
             f"SCORE supports speculative decoding with method 'ngram' or 'suffix' only, got {speculative.method!r}: "
             "a draft model would read uncompressed positions"

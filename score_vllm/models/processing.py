@@ -60,7 +60,6 @@ class VideoReport:
     """What happened to one video; becomes an entry of the response's ``score.videos``."""
 
     grid: VideoGrid
-    original_tokens: int
     retained_tokens: int
     spec: VideoSpec
     position_extent: int
@@ -69,7 +68,7 @@ class VideoReport:
         """JSON-able form."""
         return {
             "grid": [self.grid.t, self.grid.h, self.grid.w],
-            "original_tokens": self.original_tokens,
+            "original_tokens": self.grid.num_tokens,
             "retained_tokens": self.retained_tokens,
             "retention_ratio": self.spec.retention_ratio,
         }
@@ -228,7 +227,7 @@ class CompressionProcessorMixin:
         grid = grid_of(item["video_grid_thw"].data, self._merge_size)
         retained = int(item[NUM_RETAINED_KEY].data)
         extent = position_extent(grid, temporal_factor(item, self._tokens_per_second))
-        return VideoReport(grid, grid.num_tokens, retained, spec, extent)
+        return VideoReport(grid, retained, spec, extent)
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         if self.serving is not None:
