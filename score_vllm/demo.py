@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,23 @@ def build_policy(directory: Path) -> None:
     policy.save_pretrained(directory, origin="seeded random weights, not trained", seed=SEED)
 
 
-def build_tokenizer() -> Any:
-    """A byte-level tokenizer (256 bytes, no merges) with Qwen's special tokens and a Qwen-style chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def build_tokenizer(corpus: Iterable[str] = (), merges: int = 0) -> Any:
+    """A byte-level tokenizer with Qwen's special tokens and a Qwen-style chat template.
+
+    Args:
+        corpus: texts whose frequent words become tokens of their own.
+        merges: at most so many pairs are merged; 0 leaves the 256 bytes.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2TokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    if merges:
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        size = len(alphabet) + merges
+        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, min_frequency=20, show_progress=False)
+        core.train_from_iterator(corpus, trainer)
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
@@ -207,6 +218,7 @@ def build_model(
     dtype: str = "bfloat16",
     text_config: dict[str, Any] | None = None,
     vision_config: dict[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write a complete Qwen2.5-VL checkpoint with seeded random weights.
 
@@ -216,6 +228,7 @@ def build_model(
         dtype: of the stored weights, a torch dtype name.
         text_config: overrides of :data:`TEXT_CONFIG`.
         vision_config: overrides of :data:`VISION_CONFIG`.
+        tokenizer: by default :func:`build_tokenizer` without merges.
     """
     import torch
     from transformers import (
@@ -227,7 +240,7 @@ def build_model(
         Qwen2VLVideoProcessor,
     )
 
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from score_vllm.saliency import TowerSaliency
 from score_vllm.types import VideoGrid
 
 
@@ -37,6 +38,7 @@ class VisionTower:
         self._device = device
         self._dtype = dtype
         self._merge = config.vision_config.spatial_merge_size
+        self._saliency: TowerSaliency | None = None
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid]:
@@ -51,6 +53,28 @@ class VisionTower:
         Raises:
             ValueError: the frames have another shape or dtype.
         """
+        x, grid, _ = self._encode(frames)
+        return x, grid
+
+    @torch.no_grad()
+    def encode_with_saliency(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
+        """:meth:`encode`, and the attention that ``fastvid`` and ``holitom`` rank by.
+
+        Args:
+            frames: [F, H, W, 3] uint8 RGB, F >= 1.
+
+        Returns:
+            ``(x, grid, saliency)``: x is [T, N, D] in the tower's dtype, saliency [T, N] float32.
+
+        Raises:
+            ValueError: the frames have another shape or dtype.
+        """
+        if self._saliency is None:
+            self._saliency = TowerSaliency(self.tower)
+        x, grid, patch_grid = self._encode(frames)
+        return x, grid, self._saliency.take(patch_grid, grid)
+
+    def _encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
             raise ValueError(f"frames must be non-empty [F, H, W, 3] uint8, got {frames.shape} {frames.dtype}")
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -60,4 +84,4 @@ class VisionTower:
         out = self.tower(pixels, grid_thw=thw.to(self._device))
         t, h, w = (int(value) for value in thw[0])
         grid = VideoGrid(t, h // self._merge, w // self._merge)
-        return out.pooler_output.view(grid.t, grid.tokens_per_frame, -1), grid
+        return out.pooler_output.view(grid.t, grid.tokens_per_frame, -1), grid, thw

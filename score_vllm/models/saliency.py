@@ -1,8 +1,7 @@
 """Per-token saliency from the vision tower's last full attention, for the methods that rank by it.
 
-As FastVID (arXiv 2503.11187) takes it for Qwen2.5-VL: per head, the mean query of a frame against the mean key of
-each merge unit, softmax over the frame's units, mean over heads. vLLM's tower returns no attention, so a hook keeps
-the rotated queries and keys of one block. It is installed only where a served method needs it.
+See :mod:`score_vllm.saliency` for what it is. vLLM's tower returns no attention, so a hook keeps the rotated queries
+and keys of one block. It is installed only where a served method needs it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from score_vllm.saliency import frame_saliency
 from score_vllm.types import VideoGrid
 
 
@@ -31,28 +31,6 @@ def check_saliency_config(config: Any) -> None:
             "methods that rank by attention (fastvid, holitom) do not support compile_mm_encoder: "
             "a compiled tower does not call the hook"
         )
-
-
-def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merge_unit: int) -> torch.Tensor:
-    """Mean-query attention over merge units, summed over heads.
-
-    Args:
-        query: [T * N * U, H, d] after the rotary embedding; the U patches of a unit are neighbours, units of a frame
-            stand together.
-        key: the same shape.
-        num_frames: T.
-        merge_unit: U, patches per token (4 for a 2x2 merge).
-
-    Returns:
-        [T, N] float32, summed (not yet averaged) over the H heads.
-
-    Source: FastVID, section on the Qwen2.5-VL variant.
-    """
-    heads, width = query.shape[-2:]
-    mean_query = query.float().view(num_frames, -1, heads, width).mean(1)  # [T, H, d]
-    units = key.float().view(num_frames, -1, merge_unit, heads, width).mean(2)  # [T, N, H, d]
-    logits = torch.einsum("thd,tnhd->thn", mean_query, units) * width**-0.5
-    return logits.softmax(-1).sum(1)
 
 
 class AttentionSaliency:

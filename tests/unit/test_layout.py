@@ -17,7 +17,7 @@ MOUNTED = [name for name in ("kernels", "server", "train") if (ROOT / name).is_d
 ROOMS = [
     {"budget", "types", "config", "sampling", "video_file"},
     {"kernels", "video"},
-    {"policy", "positions"},
+    {"policy", "positions", "saliency"},
     {"methods", "compressor", "demo", "features"},
     {"painting", "viz", "video_process"},
     {"models"},

@@ -1,0 +1,80 @@
+"""Per-token saliency from the vision tower's last full attention, for the methods that rank by it.
+
+As FastVID (arXiv 2503.11187) takes it for Qwen2.5-VL: per head, the mean query of a frame against the mean key of
+each merge unit, softmax over the frame's units, mean over heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from score_vllm.types import VideoGrid
+
+
+def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merge_unit: int) -> torch.Tensor:
+    """Mean-query attention over merge units, summed over heads.
+
+    Args:
+        query: [T * N * U, H, d] after the rotary embedding; the U patches of a unit are neighbours, units of a frame
+            stand together.
+        key: the same shape.
+        num_frames: T.
+        merge_unit: U, patches per token (4 for a 2x2 merge).
+
+    Returns:
+        [T, N] float32, summed (not yet averaged) over the H heads.
+
+    Source: FastVID, section on the Qwen2.5-VL variant.
+    """
+    heads, width = query.shape[-2:]
+    mean_query = query.float().view(num_frames, -1, heads, width).mean(1)  # [T, H, d]
+    units = key.float().view(num_frames, -1, merge_unit, heads, width).mean(2)  # [T, N, H, d]
+    logits = torch.einsum("thd,tnhd->thn", mean_query, units) * width**-0.5
+    return logits.softmax(-1).sum(1)
+
+
+class TowerSaliency:
+    """Listens to the last full-attention block of transformers' Qwen2.5-VL tower.
+
+    Args:
+        tower: ``Qwen2_5_VLForConditionalGeneration.model.visual``; hooks are added.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        self._heads: int = tower.config.num_heads
+        self._merge_unit: int = tower.spatial_merge_unit
+        self._tower = tower
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        attention = tower.blocks[max(tower.config.fullatt_block_indexes)].attn
+        attention.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+        hidden = args[0] if args else kwargs["hidden_states"]
+        qkv = attention.qkv(hidden).reshape(hidden.shape[0], 3, self._heads, -1)
+        self._captured = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], *kwargs["position_embeddings"])
+
+    def take(self, patch_grid: torch.Tensor, grid: VideoGrid) -> torch.Tensor:
+        """Saliency of the video that the tower has just seen.
+
+        Args:
+            patch_grid: [1, 3] int64, its t, h, w in patches.
+            grid: its token grid.
+
+        Returns:
+            [T, N] float32, in the order of the merger's output; every frame sums to 1.
+        """
+        from transformers.vision_utils import get_vision_window_index
+
+        assert self._captured is not None, "the tower has not run"
+        query, key = self._captured
+        self._captured = None
+        mean = frame_saliency(query, key, grid.t, self._merge_unit) / self._heads
+        config = self._tower.config
+        window_index, _ = get_vision_window_index(
+            patch_grid, config.spatial_merge_size, config.window_size, config.patch_size
+        )
+        return mean.flatten()[window_index.argsort()].view(grid.t, grid.tokens_per_frame)
