@@ -239,7 +239,8 @@ def train_language(
             share = float(np.exp(rng.uniform(np.log(0.08), np.log(0.3))))
             kept = [keep(clip, "things", int(share * total), generator) for clip in clips]
         elif draw < 0.45:
-            kept = [keep(clip, "random", int(rng.uniform(0.3, 0.9) * total), generator) for clip in clips]
+            count = int(rng.uniform(0.3, 0.9) * total)
+            kept = [keep(clip, "random", count, generator) for clip in clips]
         elif draw < 0.55:
             stride = int(rng.integers(2, 4))
             cells = torch.arange(int(rng.integers(stride)), clips[0].num_cells, stride)

@@ -268,6 +268,8 @@ class WorldSource:
     def __getitem__(self, index: int) -> TrainingSample:
         from score_vllm.train.world_render import render
 
+        if not 0 <= index < self.size:
+            raise IndexError(f"clip {index} of {self.size}")
         scene, _ = make_clip(self.split, index)
         return TrainingSample(
             f"world:{self.split}:{index}", render(scene).frames, FPS, CAPTION_PROMPTS[0], caption(scene)
@@ -281,6 +283,8 @@ class PseudoWorldSource(WorldSource):
     def __getitem__(self, index: int) -> TrainingSample:
         from score_vllm.train.world_render import render
 
+        if not 0 <= index < self.size:
+            raise IndexError(f"clip {index} of {self.size}")
         scene = make_pseudo_scene(clip_rng(self.split, index, "pseudo"))
         key = f"world-pseudo:{self.split}:{index}"
         return TrainingSample(key, render(scene).frames, FPS, CAPTION_PROMPTS[0], caption(scene))
