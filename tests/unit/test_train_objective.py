@@ -191,5 +191,5 @@ def test_micro_batches_keep_the_budget(budget: int) -> None:
     ],
 )
 def test_wrong_arguments_are_refused(call: object) -> None:
-    with pytest.raises(ValueError, match="must (both )?be"):
+    with pytest.raises(ValueError, match=r"must (both )?be"):
         call()  # type: ignore[operator]
