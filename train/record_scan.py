@@ -82,7 +82,8 @@ def scan_json_array(path: Path) -> Iterator[tuple[int, int, Any]]:
                 try:
                     element, end = decoder.raw_decode(text, start)
                     # A number could go on in the next chunk; what ends with a bracket or a quote cannot.
-                    if end < len(text) or not more():
+                    closed = text[start] in '{["' or text[end : end + 1] in separators + ",]"
+                    if (closed and end < len(text)) or len(text) - start > MAX_RECORD_BYTES or not more():
                         break
                 except (json.JSONDecodeError, RecursionError) as error:
                     if len(text) - start > MAX_RECORD_BYTES:
