@@ -1,4 +1,4 @@
-"""Visual tokens of a video through transformers: what serving sees, without vLLM. For pictures and evaluation."""
+"""Visual tokens of a video through transformers: what serving sees, without vLLM. For pictures and training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,29 @@ class VisionTower:
         model: directory or hub id.
         device: of the tower.
         dtype: of the tower.
+        loaded: the whole model where the caller has it already, on that device and in that dtype; else it is
+            read from ``model``.
 
     Raises:
         OSError: the checkpoint cannot be read.
         ValueError: it is not a Qwen2.5-VL.
     """
 
-    def __init__(self, model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        loaded: Any = None,
+    ) -> None:
         from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
         config = AutoConfig.from_pretrained(model)
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"model {str(model)!r} is a {config.model_type}; supported: qwen2_5_vl")
         self.processor: Any = AutoProcessor.from_pretrained(model).video_processor
-        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype)
+        whole = loaded or Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype)
         self.tower: Any = whole.model.visual.eval().to(device)
         self.hidden_size: int = config.get_text_config().hidden_size
         self._device = device
