@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,14 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     """
     raw: dict[str, Any] = {"kind": args.kind, "path": args.data, "media": args.media, "limit": args.limit}
     raw["split"] = args.split or ("all" if "path" in KINDS[args.kind] else "")
-    types = {spec.name: spec.type for spec in dataclasses.fields(SourceConfig)}
+    types = {spec.name: str(spec.type) for spec in dataclasses.fields(SourceConfig)}
+    parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _boolean}
     for option in args.option:
         key, separator, value = option.partition("=")
         if not separator:
             raise ValueError(f"--option must be KEY=VALUE, got {option!r}")
         try:
-            raw[key] = {"int": int, "float": float, "bool": _boolean}.get(str(types.get(key)), str)(value)
+            raw[key] = parsers.get(types.get(key, ""), str)(value)
         except ValueError as error:
             raise ValueError(f"--option {key} must be of type {types[key]}, got {value!r}") from error
     return SourceConfig.from_mapping(raw)

@@ -27,10 +27,10 @@ _THINKING = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 # At the beginning only: a person in a video may well be sorry, or cannot do something.
 _REFUSAL = re.compile(
     r"""\A\W*(?:
-        (?:i['’]?m|i\s+am)\s+(?:(?:really|very|so)\s+)?(?:sorry|afraid|unable|not\s+able)\b
+        (?:i'?m|i\s+am)\s+(?:(?:really|very|so)\s+)?(?:sorry|afraid|unable|not\s+able)\b
       | sorry\b[,.]?\s+(?:but\s+)?i\b
       | (?:i\s+)?apologi[sz]e\b
-      | (?:unfortunately,?\s+)?i\s+(?:can\s?not|can['’]?t|could\s?n['’]?t|am\s+unable\s+to|do\s+not|don['’]?t|won['’]?t)\s+
+      | (?:unfortunately,?\s+)?i\s+(?:can\s?not|can'?t|couldn'?t|am\s+unable\s+to|do\s+not|don'?t|won'?t)\s+
         (?:\w+\s+){0,3}(?:see|view|watch|access|describe|assist|help|provide|analy[sz]e|process|comply|have|open|play)\b
       | as\s+an?\s+(?:ai|artificial|language|text)\b
       | (?:there\s+is\s+)?no\s+video\s+(?:was|is|has)?\s*(?:been\s+)?(?:provided|attached|given|shown|available)
@@ -99,7 +99,7 @@ class CaptionFilter:
             yield "cut_off"
         if _is_garbage(text, self.min_letters):
             yield "not_text"
-        if _REFUSAL.match(text):
+        if _REFUSAL.match(text.replace("\u2019", "'")):
             yield "refusal"
         if _echoes(words, words_of(prompt)):
             yield "prompt_echo"
