@@ -147,7 +147,8 @@ def _write(path: Path, item: CachedSample) -> None:
         "t_factor": encoded.t_factor,
         "ce_base": item.ce_base,
     }
-    tensors = {name: getattr(encoded, name).cpu().contiguous() for name in _TENSORS}
+    # Clones: safetensors refuses tensors that share memory.
+    tensors = {name: getattr(encoded, name).cpu().contiguous().clone() for name in _TENSORS}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
 
 
