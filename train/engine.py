@@ -60,6 +60,7 @@ class Engine(Protocol):
     """What the training loop asks of a frozen model."""
 
     hidden_size: int
+    identity: str
 
     def encode(self, sample: TrainingSample) -> EncodedSample: ...
 
@@ -77,6 +78,7 @@ class FrozenVLM:
 
     Attributes:
         hidden_size: D.
+        identity: what visual tokens depend on besides the sample: the checkpoint and the dtype.
         model: the transformers model.
 
     Raises:
@@ -94,6 +96,7 @@ class FrozenVLM:
         self._tower = VisionTower(path, str(self.device), self.dtype, loaded=model)
         self.hidden_size: int = self._tower.hidden_size
         self.max_rollout_tokens = max_rollout_tokens
+        self.identity = f"{path}:{self.dtype}:{_stamp(Path(path))}"
         processor: Any = AutoProcessor.from_pretrained(path)
         self._tokenizer = processor.tokenizer
         self._template = processor.chat_template or self._tokenizer.chat_template
@@ -122,7 +125,21 @@ class FrozenVLM:
             FileNotFoundError: neither a directory nor a reachable hub id.
             ValueError: it is not a Qwen2.5-VL.
         """
-        from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        cls.config_of(path)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens)
+
+    @staticmethod
+    def config_of(path: str | Path) -> Any:
+        """The checkpoint's configuration.
+
+        Raises:
+            FileNotFoundError: neither a directory nor a reachable hub id.
+            ValueError: it is not a Qwen2.5-VL.
+        """
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(path)
@@ -133,8 +150,7 @@ class FrozenVLM:
             ) from error
         if config.model_type != "qwen2_5_vl":
             raise ValueError(f"model.path {str(path)!r} is a {config.model_type}; supported: qwen2_5_vl")
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens)
+        return config
 
     def render(self, prompt: str) -> tuple[str, str]:
         """The server's rendering of "video, then this text", split at the video.
@@ -269,3 +285,8 @@ class FrozenVLM:
                 raise ValueError(f"each selection must be [k] int64, got {tuple(k.shape)} {k.dtype}")
             if k.numel() and (int(k[0]) < 0 or int(k[-1]) >= encoded.num_tokens or bool((k[1:] <= k[:-1]).any())):
                 raise ValueError(f"each selection must be ascending in [0, {encoded.num_tokens}), without repeats")
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a checkpoint's weight files; empty for a hub id, which names a revision's content."""
+    return sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.glob("*.safetensors"))

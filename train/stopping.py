@@ -1,0 +1,86 @@
+"""Reasons to stop: a signal, numbers that are not finite, a policy that no longer chooses."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+# Kept shares within this of 0 or 1 are none or all.
+COLLAPSE_MARGIN = 1e-3
+# Logits closer together than this order nothing.
+FLAT_LOGITS = 1e-6
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training cannot go on; the message is the diagnosis."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT as a flag, so that a step ends and is saved; a second SIGINT interrupts at once.
+
+    Use as a context manager in the main thread; elsewhere it does nothing.
+
+    Attributes:
+        received: number of the signal, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread
+                break
+        return self
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class CollapseWatch:
+    """Counts steps in a row in which the policy keeps everything, keeps nothing, or ranks nothing.
+
+    Args:
+        patience: such steps before :meth:`check` raises; 0 never raises.
+
+    Attributes:
+        streak: such steps so far; saved with the checkpoint.
+    """
+
+    def __init__(self, patience: int, streak: int = 0) -> None:
+        self.patience, self.streak = patience, streak
+
+    def check(self, kept_share: float, logit_spread: float, exact: bool) -> None:
+        """Look at one step.
+
+        Args:
+            kept_share: mean over rollouts, in [0, 1].
+            logit_spread: standard deviation of the logits of the step's videos, their mean.
+            exact: True where rollouts keep a given number, so that only a flat ranking is a collapse.
+
+        Raises:
+            TrainingStoppedError: patience has run out.
+        """
+        if exact:
+            what = "gives all tokens the same score" if logit_spread < FLAT_LOGITS else ""
+        elif kept_share > 1 - COLLAPSE_MARGIN:
+            what = "keeps every token"
+        else:
+            what = "keeps no token" if kept_share < COLLAPSE_MARGIN else ""
+        self.streak = self.streak + 1 if what else 0
+        if self.patience and self.streak >= self.patience:
+            raise TrainingStoppedError(
+                f"the policy has collapsed: for {self.streak} steps it {what} (kept share {kept_share:.4f}, spread of "
+                f"the logits {logit_spread:.2e}). A lower optimizer.lr, a smaller optimizer.grad_clip or another "
+                "stage tau may help; go on from an earlier checkpoint"
+            )
