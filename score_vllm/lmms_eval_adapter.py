@@ -37,8 +37,8 @@ def manifest() -> Any:
     return ModelManifest(model_id=MODEL_ID, chat_class_path="score_vllm.lmms_eval_model.ScoreVideoModel")
 
 
-class RequestsFailed(SystemExit):
-    """A request failed after all retries, so there is no score.
+class EvaluationStopped(SystemExit):
+    """There is no score: an argument is wrong, or a request failed after all retries.
 
     A ``SystemExit`` because lmms-eval's command line prints any ``Exception`` of a run and then exits with status 0.
     """
@@ -76,7 +76,8 @@ def openai_messages(messages: list[dict[str, Any]], send: str) -> list[dict[str,
     """lmms-eval's chat messages as OpenAI's, each video as one part, in the task's order.
 
     Args:
-        messages: of ``doc_to_messages``: ``{"role", "content": [{"type": "text", "text"} | {"type": "video", "url"}]}``.
+        messages: what ``doc_to_messages`` gives: ``role``, and ``content``, a list of parts with ``type`` "text"
+            (and ``text``) or "video" (and ``url``).
         send: see ``video_url``.
 
     Raises:

@@ -11,7 +11,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from score_vllm.budget import check_retention_ratio
-from score_vllm.lmms_eval_adapter import Endpoint, RequestError, RequestsFailed, chat_body, openai_messages
+from score_vllm.lmms_eval_adapter import Endpoint, EvaluationStopped, RequestError, chat_body, openai_messages
 
 
 class ScoreVideoModel(lmms):
@@ -32,7 +32,7 @@ class ScoreVideoModel(lmms):
     accepted and without effect; other names are an error, where lmms-eval's models ignore them.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or outside its range.
+        EvaluationStopped: an argument of the wrong kind, outside its range, or unknown.
     """
 
     is_simple = False
@@ -51,19 +51,27 @@ class ScoreVideoModel(lmms):
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        if retention_ratio is not None:
-            retention_ratio = check_retention_ratio(retention_ratio)
-        if send not in ("file", "base64"):
-            raise ValueError(f"send must be 'file' or 'base64', got {send!r}")
-        for name, value, least in (("num_concurrent", num_concurrent, 1), ("max_retries", max_retries, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        try:
+            if unknown:
+                raise TypeError(f"unknown: {', '.join(sorted(unknown))}")
+            if retention_ratio is not None:
+                retention_ratio = check_retention_ratio(retention_ratio)
+            if send not in ("file", "base64"):
+                raise ValueError(f"send must be 'file' or 'base64', got {send!r}")
+            for name, value, least in (("num_concurrent", num_concurrent, 1), ("max_retries", max_retries, 0)):
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            if not float(timeout) > 0:
+                raise ValueError(f"timeout must be > 0 seconds, got {timeout!r}")
+            self.endpoint = Endpoint(base_url, os.environ.get("OPENAI_API_KEY"), float(timeout), max_retries)
+        except (TypeError, ValueError) as error:
+            raise EvaluationStopped(f"error: --model_args of score_vllm: {error}") from error
         self.model, self.send, self.num_concurrent = str(model), send, num_concurrent
         self.retention_ratio, self.retention_method = retention_ratio, retention_method
         self.check = bool(verify)
-        self.endpoint = Endpoint(base_url, os.environ.get("OPENAI_API_KEY"), float(timeout), max_retries)
 
     def _answer(self, request: Any) -> GenerationResult:
         _, doc_to_messages, generation, doc_id, task, split = request.args
@@ -74,7 +82,7 @@ class ScoreVideoModel(lmms):
                 self.endpoint.verify(body)
             answer = self.endpoint.chat(body)
         except RequestError as error:
-            raise RequestsFailed(f"error: task {task}, document {doc_id}: {error}; no score is given") from error
+            raise EvaluationStopped(f"error: task {task}, document {doc_id}: {error}; no score is given") from error
         usage = answer.get("usage") or {}
         counts = TokenCounts(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens"))
         return GenerationResult(text=answer["choices"][0]["message"]["content"], token_counts=counts)
@@ -83,7 +91,7 @@ class ScoreVideoModel(lmms):
         """One answer per request, in their order.
 
         Raises:
-            RequestsFailed: any request failed; those not yet started are not sent.
+            EvaluationStopped: any request failed; those not yet started are not sent.
         """
         with (
             ThreadPoolExecutor(max_workers=self.num_concurrent) as pool,

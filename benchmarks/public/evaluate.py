@@ -135,6 +135,7 @@ async def ask_all(client: Client, plan: Plan, videos: Videos, answers: Answers, 
                     "prompt_tokens": reply.prompt_tokens,
                     "completion_tokens": reply.completion_tokens,
                     "finish_reason": reply.finish_reason,
+                    "method": (reply.report or {}).get("method"),
                 }
             except RequestFailed as error:
                 failures += 1

@@ -149,9 +149,7 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
         "probe": probed or None,
         "over_answered_only": args.allow_failures and not all(s.complete for s in scores),
     }
-    write_results(
-        output, [s.to_json() for s in scores], benchmark=f"accuracy/{args.benchmark}", **configuration, **facts
-    )
+    write_results(output, [s.to_json() for s in scores], **configuration, **facts)
     _report(args, scores, chosen.title, len(questions), chosen.size)
     print(f"written: {os.path.relpath(output)}; answers: {os.path.relpath(answers.path)}")
     if not went_through:
@@ -166,6 +164,8 @@ def _report(args: argparse.Namespace, scores: list[Score], title: str, asked: in
         print("OVER ANSWERED QUESTIONS ONLY: some requests failed, see below")
     print(table(*score_rows(SETS[args.benchmark], scores)))
     for s in scores:
+        if len(s.methods) > 1:
+            print(f"ratio {ratio_name(s.ratio)}: MIXED METHODS {', '.join(s.methods)}", file=sys.stderr)
         if s.failed:
             print(f"ratio {ratio_name(s.ratio)}: {len(s.failed)} failed request(s)", file=sys.stderr)
             for question, reason in list(s.failed.items())[:SHOWN_FAILURES]:

@@ -28,7 +28,8 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     p, zz = correct / total, Z * Z
     middle = (p + zz / (2 * total)) / (1 + zz / total)
     half = Z * math.sqrt(p * (1 - p) / total + zz / (4 * total * total)) / (1 + zz / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = (0.0 if correct == 0 else middle - half), (1.0 if correct == total else middle + half)
+    return max(0.0, low), min(1.0, high)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Score:
         failed: reason per question without an answer.
         missing: questions that were not asked, because the run stopped early.
         prompt_tokens: mean over the answers, None where the server does not report usage.
+        methods: what score-serve says to have used; more than one means that the server changed between two runs.
     """
 
     ratio: float | None
@@ -89,6 +91,7 @@ class Score:
     failed: dict[str, str]
     missing: int
     prompt_tokens: float | None
+    methods: list[str]
 
     @property
     def complete(self) -> bool:
@@ -107,6 +110,7 @@ class Score:
             "failures": self.failed,
             "not_asked": self.missing,
             "prompt_tokens_mean": self.prompt_tokens,
+            "methods": self.methods,
             "complete": self.complete,
         }
 
@@ -128,6 +132,7 @@ def score(
     by_group: dict[str, list[bool]] = {}
     failed: dict[str, str] = {}
     tokens: list[int] = []
+    methods: set[str] = set()
     unanswered = missing = 0
     for question in questions:
         record = answers.records.get((name, question.id))
@@ -143,6 +148,8 @@ def score(
                 by_group.setdefault(group, []).append(outcomes[-1])
             if record.get("prompt_tokens") is not None:
                 tokens.append(record["prompt_tokens"])
+            if record.get("method") is not None:
+                methods.add(record["method"])
     groups: dict[str, Accuracy] = {}
     headline = None
     if outcomes and (allow_failures or not (failed or missing)):
@@ -150,7 +157,7 @@ def score(
         groups = {group: Accuracy.of(by_group[group]) for group in order}
         headline = Accuracy.mean_of(list(groups.values())) if chosen.macro else Accuracy.of(outcomes)
     mean = statistics.fmean(tokens) if tokens else None
-    return Score(ratio, headline, groups, len(outcomes), unanswered, failed, missing, mean)
+    return Score(ratio, headline, groups, len(outcomes), unanswered, failed, missing, mean, sorted(methods))
 
 
 def score_rows(chosen: BenchmarkSet, scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
