@@ -15,9 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-MODULES = {"world": "accuracy_world", "videomme": "public.run", "mlvu": "public.run", "lvbench": "public.run"}
+MODULES = {
+    "world": "accuracy_world",
+    "videomme": "benchmarks.public.run",
+    "mlvu": "benchmarks.public.run",
+    "lvbench": "benchmarks.public.run",
+}
 DEFAULT = "world"
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from public.answers import Answers, ratio_name
-from public.client import Client, RequestFailed, Videos, request_body
-from public.formats import Question, find_video
-from public.prompts import prompt
+from benchmarks.public.answers import Answers, ratio_name
+from benchmarks.public.client import Client, RequestFailed, Videos, request_body
+from benchmarks.public.formats import Question, find_video
+from benchmarks.public.prompts import prompt
 
 PROBED_VIDEOS = 5
 

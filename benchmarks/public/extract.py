@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from public.formats import LETTERS
+from benchmarks.public.formats import LETTERS
 
 # What may follow a bare capital letter that is a choice and not an article: "A because ...", "C is right".
 _FOLLOWS = r"(?=\s*(?:$|[.,;:!?)\]\n]|-\s|(?:because|since|as|is|for|due|given|which|based|in)\b))"

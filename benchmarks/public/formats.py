@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from public.rows import FormatError, Row, read_rows
+from benchmarks.public.rows import FormatError, Row, read_rows
 
 LETTERS = "ABCDEFGHIJ"
 MAX_SHOWN = 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from public.formats import LETTERS, Question
+from benchmarks.public.formats import LETTERS, Question
 
 VARIANTS = ("official", "lmms-eval")
 

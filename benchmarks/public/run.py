@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, table, write_results
-
-from public.answers import Answers, AnswersError, ratio_name
-from public.client import SEND, Client, RequestFailed, Videos
-from public.evaluate import Plan, ProbeFailed, ask_all, probe
-from public.formats import SETS, digest, read_questions
-from public.prompts import VARIANTS
-from public.rows import FormatError
-from public.scoring import Score, score, score_rows
+from benchmarks.harness import RESULTS, table, write_results
+from benchmarks.public.answers import Answers, AnswersError, ratio_name
+from benchmarks.public.client import SEND, Client, RequestFailed, Videos
+from benchmarks.public.evaluate import Plan, ProbeFailed, ask_all, probe
+from benchmarks.public.formats import SETS, digest, read_questions
+from benchmarks.public.prompts import VARIANTS
+from benchmarks.public.rows import FormatError
+from benchmarks.public.scoring import Score, score, score_rows
 
 SHOWN_FAILURES = 20
 DESCRIPTION = """Accuracy on a public video question set, at one or several retention ratios side by side.

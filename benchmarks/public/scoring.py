@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from public.answers import Answers, ratio_name
-from public.extract import extract_answer
-from public.formats import BenchmarkSet, Question
+from benchmarks.public.answers import Answers, ratio_name
+from benchmarks.public.extract import extract_answer
+from benchmarks.public.formats import BenchmarkSet, Question
 
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
