@@ -96,11 +96,24 @@ def cache_directory() -> Path:
     return Path(root).expanduser() / "score-vllm"
 
 
-def ensure_demo() -> tuple[Path, Path]:
-    """The embedded demo: a Qwen2.5-VL of 2.5 M parameters and its retention policy, both trained on a synthetic world.
+def demo_model() -> Path:
+    """The embedded demo model: a Qwen2.5-VL of 2.5 M parameters, trained from scratch on a synthetic world.
 
-    ``python -m score_vllm.train.demo_vlm`` and ``python -m score_vllm.train --config train/configs/demo.toml`` made
-    them; ``training.json`` beside the weights and the policy's provenance say how.
+    ``python -m score_vllm.train.demo_vlm`` made it; ``training.json`` beside the weights says how well it answers.
+
+    Returns:
+        Its directory, inside the installed package.
+
+    Raises:
+        FileNotFoundError: this installation lacks it.
+    """
+    return _asset(MODEL_FOLDER)
+
+
+def ensure_demo() -> tuple[Path, Path]:
+    """The embedded demo model and its retention policy.
+
+    ``python -m score_vllm.train --config train/configs/demo.toml`` made the policy; its provenance says how.
 
     Returns:
         ``(model directory, policy directory)``, inside the installed package.
@@ -108,11 +121,14 @@ def ensure_demo() -> tuple[Path, Path]:
     Raises:
         FileNotFoundError: this installation lacks them.
     """
-    found = ASSETS / MODEL_FOLDER, ASSETS / POLICY_FOLDER
-    for folder in found:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is missing: this installation of score-vllm has no embedded demo")
-    return found
+    return demo_model(), _asset(POLICY_FOLDER)
+
+
+def _asset(name: str) -> Path:
+    folder = ASSETS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: this installation of score-vllm has no embedded demo")
+    return folder
 
 
 def demo_clip() -> Path:
