@@ -19,7 +19,7 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from prefill_table import HEADER, cells, make_row, missing_row, picture
 from report_blocks import file_digest
 
 PAPER_RATIOS = (0.4, 0.25, 0.1)
-IN_TREE = ("evs", "vidcom2")
+# vLLM's own pruning of Qwen2.5-VL; its vidcom2 is for Qwen3-VL, which our plug-in does not serve.
+IN_TREE = ("evs",)
 CHECK_SEED = 10**6
 
 
@@ -42,8 +43,8 @@ def on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def run_transformers(prepared: Prepared, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Check, then time, transformers' language model behind our compressor."""
+def run_transformers(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Check, then time, transformers' language model behind our compressor; yields the rows."""
     from prefill_transformers import TransformersEngine
 
     engine = TransformersEngine(prepared, "cuda" if on_gpu() else "cpu", args.attention)
@@ -57,7 +58,7 @@ def run_transformers(prepared: Prepared, args: argparse.Namespace) -> list[dict[
         tokens = prepared.preset.retained_tokens(ratio), prepared.total_tokens(ratio)
         timed = times[str((name, ratio))]
         rows.append(make_row("transformers", name, ratio, tokens, timed, base, prepared.shape, whole))
-    return rows
+    yield rows
 
 
 def _call_transformers(engine: Any, name: str | None, ratio: float | None, _: int) -> dict[str, float]:
@@ -65,8 +66,8 @@ def _call_transformers(engine: Any, name: str | None, ratio: float | None, _: in
     return out
 
 
-def run_vllm(prepared: Prepared, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Check, then time, plain vLLM, ours, and vLLM's own pruning where it runs."""
+def run_vllm(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Check, then time, plain vLLM and ours, then vLLM's own pruning where it runs; yields rows as they are done."""
     from prefill_vllm import VllmEngine, check_compressed
 
     from score_vllm.config import ServingConfig
@@ -88,11 +89,11 @@ def run_vllm(prepared: Prepared, args: argparse.Namespace) -> list[dict[str, Any
         tokens = kept, kept + whole - visual
         rows.append(make_row("vllm", name, ratio, tokens, times[str((name, ratio))], base, shape, whole))
     score.close()
+    yield rows
     for method in IN_TREE:
         for ratio in args.ratios:
-            rows.append(run_in_tree(prepared, args, vanilla, method, ratio, whole))
+            yield [run_in_tree(prepared, args, vanilla, method, ratio, whole)]
     vanilla.close()
-    return rows
 
 
 def _call_vllm(engine: Any, name: str | None, ratio: float | None, number: int) -> dict[str, float]:
@@ -214,12 +215,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{machine_name()}; {preset.description}; {preset.dtype}, {args.repeats} repeats")
         for name in engines:
             try:
-                rows += runners[name](prepared, args)
+                for done in runners[name](prepared, args):
+                    rows += done
+                    save(output, rows, preset, args)
             except CheckError as error:
                 print(f"correctness check failed: {error}; {name} was not timed", file=sys.stderr)
                 return 1
-            gc.collect()
-            save(output, rows, preset, args)
+            free_memory()
     print(table(HEADER, [cells(row) for row in rows if "not_run" not in row]))
     for row in rows:
         if "not_run" in row:
@@ -228,8 +230,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def free_memory() -> None:
+    """What an engine leaves behind, before the next one asks how much there is."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def save(output: Path, rows: list[dict[str, Any]], preset: Preset, args: argparse.Namespace) -> None:
-    """Results after every engine, so that a later failure does not cost them; then the picture."""
+    """Results as they come, so that a later failure does not cost them; then the picture."""
     plain = (list, int, float)
     asked = {key: value for key, value in vars(args).items() if key != "output" and value is not None}
     arguments = {key: value if isinstance(value, plain) else str(value) for key, value in asked.items()}

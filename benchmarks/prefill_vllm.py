@@ -110,6 +110,8 @@ class VllmEngine:
             **options,
         )
         self.module = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        if serving is not None and getattr(self.module, "compressor", None) is None:
+            raise CheckError("vLLM did not load our plug-in; install this package in the environment of vLLM")
         if not prepared.has_weights:
             draw_weights(self.module)
         self.ms = {"forward": 0.0, "compressor": 0.0, "saliency": 0.0}
@@ -121,9 +123,7 @@ class VllmEngine:
             if self.module._saliency is not None:
                 self._watch(self.module._saliency, "take", "saliency")
         elif pruning is not None:
-            for name in ("_postprocess_video_embeds_evs", "_postprocess_video_embeds_vidcom2"):
-                if hasattr(self.module, name):
-                    self._watch(self.module, name, "compressor")
+            self._watch(self.module, "_postprocess_video_embeds_evs", "compressor")
         self.pad = self.llm.get_tokenizer().convert_tokens_to_ids("<|video_pad|>")
         self.prompt = self._prompt()
 
