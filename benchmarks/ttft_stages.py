@@ -139,7 +139,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_yticks(list(places), [row["row"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, max(lefts) * 1.12)
-    axes.set_xlabel("milliseconds until the first token (medians)")
+    axes.set_xlabel("milliseconds: bars are medians of each stage, numbers are medians of the whole")
     axes.set_title(title, fontsize=9)
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3 if len(rows) < 4 else -0.2))
     axes.spines[["top", "right"]].set_visible(False)
