@@ -65,7 +65,6 @@ class Prober:
         self._log = folder / f"fit-{name}.log"
         self._worker = Worker(setup, self._log)
         self._progress = tqdm(desc=f"longest that fits, {name}", unit="try")
-        self.kv_tokens: int = self._worker.ready["kv_tokens"]
 
     def fits(self, frames: int) -> bool:
         """True where the engine answers; otherwise ``refusals[frames]`` says why not."""

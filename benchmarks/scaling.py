@@ -10,8 +10,9 @@ frames to the first token. Time is split into the language model, selection, and
 tower, the same work in both). Memory is the peak of the request above the engine at rest: resident memory on a CPU,
 allocated memory on a GPU (where weights and KV cache are set aside at the start and so are no part of the difference).
 
-"Longest video that fits": both engines get a context and a KV cache of ``--fit-tokens`` tokens, and the largest even
-number of frames that they answer is searched by doubling and halving; what stops them is reported in vLLM's words.
+"Longest video that fits": both engines get a context of ``--fit-tokens`` tokens and a KV cache for one such request;
+the largest even number of frames that they answer is searched by doubling and halving. What stops them is reported in
+vLLM's words.
 
 Before anything is timed: tokens at ratio 1 must equal vanilla's. In every run, prompts must have exactly their tokens.
 """
@@ -68,8 +69,8 @@ def curves(engines: dict[str, Worker], per_pair: int, args: argparse.Namespace) 
     order = [(frames, repeat) for frames in args.frames for repeat in range(args.repeats)]
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for name in NAMES:
-        engines[name].ask(frames=args.frames[0], seed=10**7, tokens=1)  # warm, and the measure of rest
-    rest = {name: engines[name].ask(frames=args.frames[0], seed=10**7 + 1, tokens=1)["peak_bytes"] for name in NAMES}
+        engines[name].ask(frames=args.frames[0], seed=10**7, tokens=1)  # warm
+    rest = {name: engines[name].ask(frames=args.frames[0], seed=10**7 + 1, tokens=1)["rest_bytes"] for name in NAMES}
     for frames, repeat in tqdm(order, desc="lengths", unit="pair"):
         for name in NAMES:
             ratio = None if name == "vanilla" else args.ratio
@@ -108,7 +109,7 @@ def find_longest(
             longest = longest_that_fits(prober.fits, 8, args.fit_limit)
         finally:
             prober.close()
-        row = {"row": name, "retention_ratio": ratio, "kv_tokens": prober.kv_tokens, "longest_frames": longest}
+        row = {"row": name, "retention_ratio": ratio, "context_tokens": args.fit_tokens, "longest_frames": longest}
         refusal = prober.refusals.get(longest + 2)
         rows.append({**row, "at_limit": longest == args.fit_limit, "refusal": refusal})
     return rows
@@ -210,9 +211,8 @@ def print_rows(rows: Sequence[dict[str, Any]], fit: Sequence[dict[str, Any]]) ->
     print(table(["frames", "", "prompt", "LLM ms", "compressor ms", "total ms", "MiB above rest"], printed))
     for row in fit:
         more = "; the search's limit" if row["at_limit"] else f"; the next is refused: {row['refusal']}"
-        print(
-            f"longest video that fits {row['kv_tokens']} KV tokens, {row['row']}: {row['longest_frames']} frames{more}"
-        )
+        where = f"longest video in a context of {row['context_tokens']} tokens"
+        print(f"{where}, {row['row']}: {row['longest_frames']} frames{more}")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def draw(rows: Sequence[dict[str, Any]], fit: Sequence[dict[str, Any]], ratio: f
     longest.bar(names, [row["longest_frames"] for row in fit], color=[COLOURS[row["row"]] for row in fit], width=0.5)
     for place, row in enumerate(fit):
         longest.text(place, row["longest_frames"], str(row["longest_frames"]), ha="center", va="bottom", fontsize=9)
-    tokens = fit[0]["kv_tokens"] if fit else 0
-    longest.set_title(f"longest video in {tokens} KV tokens, frames", fontsize=10)
+    context = fit[0]["context_tokens"] if fit else 0
+    longest.set_title(f"longest video in a context of {context} tokens, frames", fontsize=10)
     for ax in (time, memory, longest):
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)

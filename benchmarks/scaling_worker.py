@@ -2,8 +2,9 @@
 
 An order is a JSON line ``{"frames": F, "seed": s, "tokens": n}``; the answer is a JSON line behind :data:`MARK` with
 times in milliseconds, memory in bytes and the prompt's tokens, or with ``refused``: vLLM's own words for "too long", or
-an out-of-memory error. Peak memory is reset before each order: on a GPU torch's own counter (weights and KV cache are
-part of it), on a CPU the kernel's high-water mark of resident memory.
+an out-of-memory error. ``rest_bytes`` is what was in use before the order, ``peak_bytes`` the most during it: on a GPU
+by torch's own counter (weights and KV cache are part of it), on a CPU by the kernel's high-water mark of resident
+memory.
 """
 
 from __future__ import annotations
@@ -117,19 +118,21 @@ class Engine:
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
         """One request from frames to its last token."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
+        self._reset_peak()
+        rest = self._peak()
         prompt = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens?<|im_end|>\n"
         frames = video(order, self.setup["height"], self.setup["width"])
         request: dict[str, Any] = {"prompt": prompt, "multi_modal_data": {"video": [frames]}}
         if order.get("ratio") is not None:
             request["mm_processor_kwargs"] = {"retention_ratio": order["ratio"]}
         self.milliseconds.update(llm=0.0, compressor=0.0)
-        self._reset_peak()
         start = time.perf_counter()
         params = SamplingParams(max_tokens=order["tokens"], temperature=0, ignore_eos=True)
         try:
             (output,) = self.llm.generate([request], params, use_tqdm=False)
-        except (ValueError, MemoryError) as error:
+        except (VLLMClientError, ValueError, MemoryError) as error:
             return {"refused": " ".join(str(error).split())[:300]}
         except RuntimeError as error:
             if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
@@ -142,6 +145,7 @@ class Engine:
             "total_ms": (time.perf_counter() - start) * 1000,
             "llm_ms": self.milliseconds["llm"],
             "compressor_ms": self.milliseconds["compressor"],
+            "rest_bytes": rest,
             "peak_bytes": self._peak(),
             "visual_tokens": ids.count(pad),
             "prompt_tokens": len(ids),
@@ -165,8 +169,7 @@ def main() -> None:
 
     engine = Engine(setup)
     block_size = engine.llm.llm_engine.vllm_config.cache_config.block_size
-    blocks = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    answer({"ready": True, "block_size": block_size, "kv_tokens": block_size * blocks})
+    answer({"ready": True, "block_size": block_size})
     for line in sys.stdin:
         answer(engine.run(json.loads(line)))
 
