@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from score_vllm.features import VisionTower
 from score_vllm.positions import VisualSpan, prompt_positions
+from score_vllm.train.decoder import answer_states, check_decoder
 from score_vllm.train.rollout import micro_batches
 from score_vllm.train.samples import BrokenSampleError, TrainingSample
 from score_vllm.types import VideoGrid
@@ -82,7 +83,7 @@ class FrozenVLM:
         model: the transformers model.
 
     Raises:
-        ValueError: not a Qwen2.5-VL, or ``max_rollout_tokens`` < 1.
+        ValueError: not a Qwen2.5-VL, its attention is not plainly causal, or ``max_rollout_tokens`` < 1.
     """
 
     def __init__(self, model: Any, path: str | Path, *, max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS) -> None:
@@ -90,6 +91,7 @@ class FrozenVLM:
 
         if max_rollout_tokens < 1:
             raise ValueError(f"max_rollout_tokens must be >= 1, got {max_rollout_tokens}")
+        check_decoder(model.model.language_model)
         self.model = model.eval().requires_grad_(False)
         embedding = model.get_input_embeddings().weight
         self.device, self.dtype = embedding.device, embedding.dtype
@@ -128,7 +130,7 @@ class FrozenVLM:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         cls.config_of(path)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens)
 
     @staticmethod
@@ -233,21 +235,15 @@ class FrozenVLM:
         target = encoded.target.to(self.device)
         ce = torch.empty(len(kept), dtype=torch.float32, device=self.device)
         for batch in micro_batches(lengths, self.max_rollout_tokens):
-            # Right padding reads the table's last row. Attention is causal, so no real token sees it.
+            # Right padding reads the table's last row.
             padded = torch.nn.utils.rnn.pad_sequence(
                 [sequences[i] for i in batch], batch_first=True, padding_value=rows.shape[0] - 1
             ).to(self.device)
-            hidden = self._run(rows[padded], positions[:, padded])
             ends = torch.tensor([lengths[i] for i in batch], device=self.device)
             answers = ends[:, None] - target.shape[0] + torch.arange(target.shape[0], device=self.device)
-            hidden = hidden.gather(1, answers[..., None].expand(-1, -1, hidden.shape[-1]))  # [B, M, D]
+            hidden = answer_states(self.model.model.language_model, rows[padded], positions[:, padded], answers)
             ce[torch.tensor(batch, device=self.device)] = self._target_ce(hidden, target)
         return ce
-
-    def _run(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[B, L, D] final hidden states; without a mask argument attention is plainly causal."""
-        language_model = self.model.model.language_model
-        return language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
 
     def _table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and positions of the whole sequence and of one row of padding: every rollout is a gather of these.

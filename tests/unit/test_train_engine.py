@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from score_vllm.positions import video_offsets
+from score_vllm.train import decoder
 from score_vllm.train.engine import EncodedSample, FrozenVLM
 from score_vllm.train.samples import BrokenSampleError, TrainingSample
 
@@ -76,8 +77,10 @@ def test_the_budget_bounds_what_runs_at_once(
     engine: FrozenVLM, encoded: EncodedSample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    run = engine._run
-    monkeypatch.setattr(engine, "_run", lambda e, *rest: (sizes.append(e.shape[:2]), run(e, *rest))[1])
+    run = decoder.answer_states
+    monkeypatch.setattr(
+        "score_vllm.train.engine.answer_states", lambda lm, e, *rest: (sizes.append(e.shape[:2]), run(lm, e, *rest))[1]
+    )
     kept = [torch.arange(0, encoded.num_tokens, 4)] * 32
     engine.cross_entropy(encoded, kept)
     assert len(sizes) > 1
@@ -126,3 +129,14 @@ def test_wrong_selections_are_refused(engine: FrozenVLM, encoded: EncodedSample,
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no_such"):
         FrozenVLM.from_pretrained(tmp_path / "no_such")
+
+
+def test_a_model_whose_attention_needs_masks_is_refused(engine: FrozenVLM) -> None:
+    language_model = engine.model.model.language_model
+    chosen = language_model.config._attn_implementation
+    try:
+        language_model.config._attn_implementation = "eager"
+        with pytest.raises(ValueError, match="eager"):
+            decoder.check_decoder(language_model)
+    finally:
+        language_model.config._attn_implementation = chosen

@@ -1,0 +1,79 @@
+"""The frozen language model, run only as far as the answer needs it.
+
+All layers but the last read whole sequences. In the last one nothing but the answer's rows is used, so queries,
+output projection and MLP are computed for these alone: a fifth of the work of a 4-layer model, a thirtieth of 28.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ATTENTION = ("sdpa", "flash_attention_2")
+
+
+def check_decoder(language_model: Any) -> None:
+    """See that attention without a mask argument is plainly causal in this model.
+
+    Raises:
+        ValueError: another attention implementation, or sliding windows.
+    """
+    chosen = language_model.config._attn_implementation
+    if chosen not in ATTENTION:
+        raise ValueError(f"attn_implementation must be one of {list(ATTENTION)}, got {chosen!r}")
+    if language_model.has_sliding_layers:
+        raise ValueError("the model has sliding-window attention, which training does not support")
+
+
+def answer_states(
+    language_model: Any, rows: torch.Tensor, positions: torch.Tensor, answers: torch.Tensor
+) -> torch.Tensor:
+    """Final hidden states at some places of right-padded sequences.
+
+    Attention is causal, so that padding on the right reaches no real token and needs no mask.
+
+    Args:
+        language_model: the text model of a Qwen2.5-VL, see :func:`check_decoder`.
+        rows: [B, L, D] input embeddings.
+        positions: [3, B, L] int64.
+        answers: [B, M] int64 indices into L.
+
+    Returns:
+        [B, M, D] after the final norm.
+    """
+    cos, sin = language_model.rotary_emb(rows, positions)  # [B, L, head_dim] each
+    *layers, last = language_model.layers
+    hidden = rows
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+
+    def pick(values: torch.Tensor) -> torch.Tensor:
+        return values.gather(1, answers[..., None].expand(-1, -1, values.shape[-1]))
+
+    attention = last.self_attn
+    normed = last.input_layernorm(hidden)
+    residual = pick(hidden)
+    q = _rotate(_heads(attention.q_proj(pick(normed)), attention.head_dim), pick(cos), pick(sin))  # [B, H, M, d]
+    k = _rotate(_heads(attention.k_proj(normed), attention.head_dim), cos, sin)  # [B, H_kv, L, d]
+    v = _heads(attention.v_proj(normed), attention.head_dim)
+    groups = attention.num_key_value_groups
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    seen = torch.arange(rows.shape[1], device=rows.device) <= answers[..., None]  # [B, M, L]
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=attention.scaling)
+    hidden = residual + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    hidden = hidden + last.mlp(last.post_attention_layernorm(hidden))
+    out: torch.Tensor = language_model.norm(hidden)
+    return out
+
+
+def _heads(values: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[B, L, H * d] to [B, H, L, d]."""
+    return values.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [B, H, L, d] by [B, L, d]."""
+    first, second = values.chunk(2, dim=-1)
+    return values * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
