@@ -11,6 +11,7 @@ exactly the answers of the uncompressed model.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, table, write_results
+from harness import RESULTS, write_atomically, write_results
+from report_blocks import file_digest
+from report_blocks.accuracy import accuracy_table, picture
 from tqdm import tqdm
 
 from score_vllm import RetentionPolicy, VideoGrid, select_tokens
@@ -227,26 +230,7 @@ def main(args: argparse.Namespace) -> None:
     bar.close()
     facts = {"questions": count, "clips": len(clips), "split": args.split, "model": args.model}
     write_results(args.output, rows, **facts)
-    print(as_table(rows))
-    print(f"{count} questions about {len(clips)} held-out clips; written to {args.output}")
-    from accuracy_plot import plot
-
-    print(f"picture: {plot(args.output)}")
-
-
-def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, one line per method, one column per ratio."""
-    ratios = sorted({row["retention_ratio"] for row in rows} - {1.0}, reverse=True)
-    lines = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        cells = [name]
-        for ratio in [1.0, *ratios]:
-            row = next((r for r in rows if r["method"] == name and r["retention_ratio"] == ratio), None)
-            if row is None:
-                cells.append("")
-                continue
-            spread = f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
-            missed = f" (kept {row['achieved_ratio']:.1%})" if abs(row["achieved_ratio"] - ratio) > 0.002 else ""
-            cells.append(f"{100 * row['accuracy']:.1f}{spread}{missed}")
-        lines.append(cells)
-    return table(["method", "all", *(f"{ratio:.0%}" for ratio in ratios)], lines)
+    image = args.output.with_suffix(".png")
+    write_atomically(image, picture(json.loads(args.output.read_text()), file_digest(args.output)))
+    print(accuracy_table(rows))
+    print(f"{count} questions about {len(clips)} clips; written to {args.output} and {image.name}")
