@@ -193,11 +193,11 @@ def main(args: argparse.Namespace) -> None:
     """Run the table; exits with a message where ratio 1 is not the uncompressed model."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-    from score_vllm.demo import ensure_demo
+    from score_vllm.demo import demo_model
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model_path = ensure_demo()[0] if args.model == "demo" else Path(args.model)
+    model_path = demo_model() if args.model == "demo" else Path(args.model)
     clips = held_out_clips(model_path, args.split, args.clips, args.questions)
     # One length of question lists per batch keeps batches full.
     clips.sort(key=lambda clip: len(clip.questions))

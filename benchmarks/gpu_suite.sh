@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Every GPU test and benchmark in one call; leaves JSON and JUnit files in $OUT (default: benchmarks/results).
-# Needs torch with CUDA, triton, pytest, hypothesis, numpy, safetensors and tqdm; not an installed package.
+# Needs torch with CUDA, triton, pytest, hypothesis, numpy, safetensors and tqdm; not an installed package. The prefill
+# benchmark also needs transformers, and for its vLLM rows vllm and this package installed (vLLM finds the plug-in by its
+# entry point); what is missing is said and left out.
 #
-#     benchmarks/gpu_suite.sh [seconds]      # limit for the whole, default 470
+#     benchmarks/gpu_suite.sh [seconds] [prefill]   # limit for the whole, default 470; prefill: those benchmarks alone
 set -u
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results}"
 deadline=$((SECONDS + ${1:-470}))
+only="${2:-}"
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" SCORE_REQUIRE_GPU=1
 failed=0
@@ -24,7 +27,24 @@ step() {
   timeout "$limit" "$@" || { echo "== $name: FAILED ($?)"; failed=1; }
 }
 
+prefill() {
+  if ! "$python" -c "import transformers" 2>/dev/null; then
+    echo "== prefill: NOT RUN, transformers is not installed"
+    return
+  fi
+  # Each checks its answers itself and writes its file as rows are done: a time limit costs only what is left.
+  local bench="benchmarks/prefill_latency.py"
+  step prefill-paper "$python" "$bench" --preset paper --output "$out/prefill_latency_paper.json"
+  step prefill-qwen3 "$python" "$bench" --preset qwen3-vl-8b --output "$out/prefill_latency_qwen3-vl-8b.json"
+  step prefill-methods "$python" "$bench" --preset paper --engines transformers --methods all --repeats 3 \
+    --output "$out/prefill_latency_paper-methods.json"
+}
+
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+if [[ "$only" == prefill ]]; then
+  prefill
+  exit "$failed"
+fi
 # Correctness first. --confcutdir: the other tiers' fixtures need packages that a GPU machine may lack.
 step parity "$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/kernels/parity \
   --junitxml="$out/gpu_parity.xml" tests/kernels/parity
@@ -35,5 +55,6 @@ if ((failed)); then
   exit 1
 fi
 step kernels "$python" benchmarks/kernels.py --out "$out/kernels_gpu.json"
+prefill
 step tune "$python" benchmarks/kernels.py --tune --repeats 10 --out "$out/kernels_tune.json"
 exit "$failed"

@@ -1,215 +1,257 @@
-"""The paper's table 3 on this machine: LLM prefill with and without compression, side by side in one run.
+"""The paper's table 3 on this machine: prefill with and without compression, side by side in one run.
 
-    python benchmarks/prefill_latency.py --model demo
+    python benchmarks/prefill_latency.py                       # preset tiny, CPU, under two minutes
+    python benchmarks/prefill_latency.py --preset paper        # Qwen2.5-VL-7B's shapes; needs a GPU
+    python benchmarks/prefill_latency.py --methods all --engines transformers
+    python benchmarks/prefill_latency.py --model path/to/Qwen2.5-VL-7B-Instruct --policy path/to/policy
 
-Two vLLM engines live in this process: plain vLLM, and SCORE. First their answers are compared (at ratio 1 they must
-be equal, and every ratio must keep exactly the tokens it should); only then is anything timed. Repetitions go round
-robin over the rows, so that a slow spell of the machine hits all of them. "LLM forward" is the time inside the
-language model until the first token; "compressor" is selection alone; the vision tower is the same in every row and
-in neither.
+Answers are compared before anything is timed (ratio 1 equals vanilla, exact counts, kept rows at their original
+positions); where a check fails, nothing is timed. Repetitions go round robin over the rows, so that a slow spell of the
+machine hits all of them. What each engine times: prefill_transformers.py, prefill_vllm.py. The FLOP bound: flops.py.
+Milliseconds of a CPU are of that machine alone; the ratio is the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import os
 import sys
-import time
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_PLUGINS", "score")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import RESULTS, Sample, environment, table, write_results
+from harness import LOAD_AT_START, RESULTS, environment, machine_name, rounds, table, write_atomically, write_results
+from prefill_presets import ENGINES, SERVED_FAMILIES, Prepared, Preset, checkpoint_preset, load_preset, prepare
+from prefill_table import HEADER, cells, make_row, missing_row, picture
+from report_blocks import file_digest
 
-PROMPT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens?<|im_end|>\n<|im_start|>assistant\n"
+PAPER_RATIOS = (0.4, 0.25, 0.1)
+# vLLM's own pruning of Qwen2.5-VL; its vidcom2 is for Qwen3-VL, which our plug-in does not serve.
+IN_TREE = ("evs",)
+CHECK_SEED = 10**6
 
 
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+def on_gpu() -> bool:
+    """True where torch sees a GPU."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return bool(torch.cuda.is_available())
 
 
-class Engine:
-    """A vLLM engine with stop-watches around the language model and the compressor."""
+def run_transformers(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Check, then time, transformers' language model behind our compressor; yields the rows."""
+    from prefill_transformers import TransformersEngine
 
-    def __init__(self, model: str, serving: Any, args: argparse.Namespace) -> None:
-        from vllm import LLM
-
-        self.llm = LLM(
-            model=model,
-            hf_overrides=serving.to_overrides() if serving else {},
-            dtype=args.dtype,
-            enforce_eager=True,
-            max_model_len=args.max_model_len,
-            max_num_batched_tokens=args.max_model_len,
-            enable_prefix_caching=False,
-            mm_processor_cache_gb=0,
-            seed=0,
-        )
-        self.seconds = {"forward": 0.0, "compressor": 0.0}
-        module = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-        self._watch(module.language_model.model, "forward", "forward")
-        if serving:
-            self._watch(module.compressor, "compress", "compressor")
-
-    def _watch(self, owner: Any, name: str, label: str) -> None:
-        inner = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            synchronize()
-            start = time.perf_counter()
-            out = inner(*args, **kwargs)
-            synchronize()
-            self.seconds[label] += time.perf_counter() - start
-            return out
-
-        setattr(owner, name, timed)
-
-    def run(self, video: Any, ratio: float | None, num_tokens: int = 1) -> Any:
-        """One request; ``self.seconds`` holds its times afterwards."""
-        from vllm import SamplingParams
-
-        request = {"prompt": PROMPT, "multi_modal_data": {"video": [video]}}
-        if ratio is not None:
-            request["mm_processor_kwargs"] = {"retention_ratio": ratio}
-        self.seconds.update(forward=0.0, compressor=0.0)
-        params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-        (output,) = self.llm.generate([request], params, use_tqdm=False)
-        return output
+    engine = TransformersEngine(prepared, "cuda" if on_gpu() else "cpu", args.attention)
+    engine.check(args.ratios, args.methods)
+    print("transformers: kept rows and positions equal a gather of the whole prompt; ratio 1 gives vanilla's logits")
+    keys = [(None, None), *[(name, ratio) for name in args.methods for ratio in args.ratios]]
+    calls = {str(key): partial(_call_transformers, engine, *key) for key in keys}
+    times = rounds(calls, args.repeats, label="transformers")
+    whole, base, rows = prepared.total_tokens(None), times[str((None, None))], []
+    for name, ratio in keys:
+        tokens = prepared.preset.retained_tokens(ratio), prepared.total_tokens(ratio)
+        timed = times[str((name, ratio))]
+        rows.append(make_row("transformers", name, ratio, tokens, timed, base, prepared.shape, whole))
+    yield rows
 
 
-def make_video(args: argparse.Namespace, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """A textured ground and a moving square; each seed is another video, so that no cache can answer."""
-    rng = np.random.default_rng(seed)
-    ground = rng.integers(0, 160, (args.height, args.width, 3), dtype=np.uint8)
-    frames = np.repeat(ground[None], args.frames, axis=0)
-    side = args.height // 4
-    for i in range(args.frames):
-        left = (args.width - side) * i // max(1, args.frames - 1)
-        frames[i, side : 2 * side, left : left + side] = rng.integers(160, 256, 3)
-    metadata = {
-        "total_num_frames": args.frames,
-        "fps": 2.0,
-        "duration": args.frames / 2.0,
-        "video_backend": "benchmark",
-        "frames_indices": list(range(args.frames)),
-        "do_sample_frames": False,
-    }
-    return frames, metadata
+def _call_transformers(engine: Any, name: str | None, ratio: float | None, _: int) -> dict[str, float]:
+    out: dict[str, float] = engine.run(ratio, name)
+    return out
 
 
-def check(vanilla: Engine, score: Engine, ratios: list[float], args: argparse.Namespace) -> dict[str, int]:
-    """Answers before times: equal at ratio 1, exact counts at every ratio. Returns token counts per row."""
-    from score_vllm import num_retained_tokens
-
-    tokenizer = vanilla.llm.get_tokenizer()
-    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    video = make_video(args, seed=10**6)
-    plain = vanilla.run(video, None, num_tokens=8)
-    whole = score.run(video, 1.0, num_tokens=8)
-    if plain.outputs[0].token_ids != whole.outputs[0].token_ids:
-        sys.exit("correctness check failed: SCORE at ratio 1 and plain vLLM give different tokens; nothing was timed")
-    original = list(plain.prompt_token_ids).count(pad)
-    counts = {"original": original, "text": len(plain.prompt_token_ids) - original}
-    for ratio in ratios:
-        kept = list(score.run(video, ratio).prompt_token_ids).count(pad)
-        if kept != num_retained_tokens(original, ratio):
-            sys.exit(f"correctness check failed: ratio {ratio} kept {kept} of {original} tokens; nothing was timed")
-        counts[str(ratio)] = kept
-    return counts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="'demo', or a Qwen2.5-VL directory or hub id")
-    parser.add_argument("--policy", default=None, help="retention policy; by default the demo's, else seeded weights")
-    parser.add_argument("--ratios", default="0.4,0.25,0.1", help="comma-separated, each in (0, 1)")
-    parser.add_argument("--frames", type=int, default=128)
-    parser.add_argument("--height", type=int, default=336)
-    parser.add_argument("--width", type=int, default=448)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", help="float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--max-model-len", type=int, default=16384)
-    parser.add_argument("--output", type=Path, default=None, help=f"results file (default: {RESULTS.name}/...)")
-    args = parser.parse_args()
-    try:
-        ratios = [float(text) for text in args.ratios.split(",")]
-        if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-            raise ValueError
-    except ValueError:
-        parser.error(f"--ratios must be numbers in (0, 1) with commas between, got {args.ratios!r}")
-    for name in ("frames", "height", "width", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
+def run_vllm(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Check, then time, plain vLLM and ours, then vLLM's own pruning where it runs; yields rows as they are done."""
+    from prefill_vllm import VllmEngine, check_compressed
 
     from score_vllm.config import ServingConfig
-    from score_vllm.demo import ensure_demo
 
-    model, policy = args.model, args.policy
-    if model == "demo":
-        directory, demo_policy = ensure_demo()
-        model, policy = str(directory), policy or str(demo_policy)
-    if policy is None:
-        parser.error("--policy is needed for this model")
-    vanilla = Engine(model, None, args)
-    score = Engine(model, ServingConfig(1.0, policy=policy), args)
+    first, *others = args.methods
+    serving = ServingConfig(1.0, first, allowed_methods=tuple(others), policy=prepared.policy)
+    vanilla = VllmEngine(prepared, gpu_memory=args.gpu_memory)
+    score = VllmEngine(prepared, serving, gpu_memory=args.gpu_memory)
+    visual, whole = check_compressed(vanilla, score, args.ratios, args.methods, CHECK_SEED)
+    print("vllm: tokens equal plain vLLM's at ratio 1; every ratio keeps exactly the tokens it should")
+    keys = [(name, ratio) for name in args.methods for ratio in args.ratios]
+    calls: dict[str, Callable[[int], dict[str, float]]] = {"vanilla": partial(_call_vllm, vanilla, None, None)}
+    calls |= {str(key): partial(_call_vllm, score, *key) for key in keys}
+    times = rounds(calls, args.repeats, label="vllm")
+    shape, base = prepared.shape, times["vanilla"]
+    rows = [make_row("vllm", None, None, (visual, whole), base, base, shape, whole)]
+    for name, ratio in keys:
+        kept = prepared.preset.retained_tokens(ratio)
+        tokens = kept, kept + whole - visual
+        rows.append(make_row("vllm", name, ratio, tokens, times[str((name, ratio))], base, shape, whole))
+    score.close()
+    yield rows
+    for method in IN_TREE:
+        for ratio in args.ratios:
+            yield [run_in_tree(prepared, args, vanilla, method, ratio, whole)]
+    vanilla.close()
 
-    print(f"{environment()['machine']}; {args.model}, {args.frames} frames of {args.width}x{args.height}, {args.dtype}")
-    counts = check(vanilla, score, ratios, args)
-    print("correctness: tokens equal plain vLLM at ratio 1; every ratio keeps exactly the tokens it should")
 
-    rows: list[float | None] = [None, *ratios]
-    times: dict[float | None, dict[str, list[float]]] = {row: {"forward": [], "compressor": []} for row in rows}
-    with tqdm(total=len(rows) * args.repeats, desc="prefill", unit="run") as progress:
-        for repeat in range(args.repeats):
-            for row in rows:
-                engine = vanilla if row is None else score
-                engine.run(make_video(args, seed=repeat), row)
-                for label, seconds in engine.seconds.items():
-                    times[row][label].append(seconds * 1000)
-                progress.update()
+def _call_vllm(engine: Any, name: str | None, ratio: float | None, number: int) -> dict[str, float]:
+    # A new video in every round, no seed below 0 (warm-up rounds have negative numbers), and not the check's.
+    out: dict[str, float] = engine.timed(number % CHECK_SEED, ratio, name)
+    return out
 
-    results, printed = [], []
-    base = Sample(tuple(times[None]["forward"])).median
+
+def run_in_tree(
+    prepared: Prepared, args: argparse.Namespace, vanilla: Any, method: str, ratio: float, whole: int
+) -> dict[str, Any]:
+    """vLLM's own pruning at one rate, an engine of its own beside plain vLLM; says why where it does not run."""
+    from prefill_vllm import VllmEngine
+
+    if args.in_tree == "no" or (args.in_tree == "auto" and not on_gpu()):
+        return missing_row("vllm", method, ratio, "vLLM's CPU runner does not strip the columns that its pruning adds")
+    try:
+        engine = VllmEngine(prepared, pruning=(method, 1 - ratio), gpu_memory=args.gpu_memory)
+        visual, total = engine.counts(engine.run(CHECK_SEED))
+        calls: dict[str, Callable[[int], dict[str, float]]] = {
+            "vanilla": partial(_call_vllm, vanilla, None, None),
+            "pruned": partial(_call_vllm, engine, None, None),
+        }
+        times = rounds(calls, args.repeats, label=f"vLLM's {method} {ratio:g}")
+        engine.close()
+    except Exception as error:  # a fault of vLLM's own path must not cost the other rows
+        return missing_row("vllm", method, ratio, f"{type(error).__name__}: {str(error)[:200]}")
+    row = (visual, total), times["pruned"], times["vanilla"], prepared.shape, whole
+    return make_row("vllm", method, ratio, *row, in_tree=True)
+
+
+def usable_engines(preset: Preset, family: str, asked: str | None) -> list[str]:
+    """The engines to run: those named, or the preset's that are installed.
+
+    Raises:
+        ValueError: a named engine is unknown, not installed, or does not serve the family.
+    """
+    names = [name.strip() for name in asked.split(",")] if asked else list(preset.engines)
+    chosen = []
+    for name in names:
+        problem = None
+        if name not in ENGINES:
+            problem = f"engine must be one of {ENGINES}, got {name!r}"
+        elif importlib.util.find_spec(name) is None:
+            problem = f"engine {name} is not installed"
+        elif name == "vllm" and family not in SERVED_FAMILIES:
+            problem = f"our vLLM plug-in serves {SERVED_FAMILIES}, not {family}; use --engines transformers"
+        if problem is None:
+            chosen.append(name)
+        elif asked:
+            raise ValueError(problem)
+        else:
+            print(f"left out: {problem}")
+    if not chosen:
+        raise ValueError("no engine of the preset is installed")
+    return chosen
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Preset]:
+    """The command line, checked, and the preset it names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", help="tiny (default), demo, paper, qwen3-vl-8b, or a .json file")
+    parser.add_argument("--model", help="real weights: a directory or hub id, with the preset's prompt; or 'demo'")
+    parser.add_argument("--policy", help="retention policy directory; default: seeded weights, which cost the same")
+    parser.add_argument("--engines", help=f"of {', '.join(ENGINES)}, with commas between (default: the preset's)")
+    parser.add_argument("--methods", default="score", help="names with commas between, or 'all' (default: %(default)s)")
+    parser.add_argument("--ratios", default="", help="further retention ratios beside 0.4,0.25,0.1; each in (0, 1)")
+    parser.add_argument("--repeats", type=int, help="timed runs per row (default: the preset's)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the preset's")
+    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default: %(default)s)")
+    parser.add_argument("--in-tree", choices=("auto", "yes", "no"), default="auto", help="vLLM's own pruning (GPU)")
+    parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of the GPU per vLLM engine")
+    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/prefill_latency_*.json)")
+    args = parser.parse_args(argv)
+    from score_vllm import methods
+
+    try:
+        name = "demo" if args.model == "demo" else args.preset
+        preset = load_preset(name, repeats=args.repeats, dtype=args.dtype)
+        if args.model and args.model != "demo":
+            preset = checkpoint_preset(args.model, preset)
+        further = [float(text) for text in args.ratios.split(",") if text.strip()]
+        if not all(0 < ratio < 1 for ratio in further):
+            raise ValueError(f"--ratios must be numbers in (0, 1) with commas between, got {args.ratios!r}")
+        args.ratios = sorted({*PAPER_RATIOS, *further}, reverse=True)
+        named = [name.strip() for name in args.methods.split(",") if name.strip()]
+        ours = ["score", *[name for name in methods.names() if name != "score"]]
+        args.methods = ours if args.methods == "all" else [methods.get(name).name for name in dict.fromkeys(named)]
+        if not args.methods:
+            raise ValueError("--methods must name at least one method")
+        if not 0 < args.gpu_memory < 1:
+            raise ValueError(f"--gpu-memory must be in (0, 1), got {args.gpu_memory}")
+    except ValueError as error:
+        parser.error(str(error))
+    args.repeats = preset.repeats
+    return args, preset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 1 where a check failed, and nothing of that engine was timed."""
+    args, preset = parse_arguments(argv)
+    if preset.needs_gpu and not on_gpu():
+        print(f"preset {preset.name} needs a GPU and there is none; nothing was run", file=sys.stderr)
+        return 2
+    if LOAD_AT_START and LOAD_AT_START > 0.5:
+        print(f"warning: the load average is {LOAD_AT_START:.1f}; times taken beside other work are no result")
+    from prefill_transformers import CheckError
+
+    output = args.output or RESULTS / f"prefill_latency_{preset.name}.json"
+    runners = {"vllm": run_vllm, "transformers": run_transformers}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            prepared = prepare(preset, Path(folder), args.policy)
+            engines = usable_engines(preset, prepared.family, args.engines)
+        except (OSError, ValueError) as error:
+            print(f"cannot start: {error}", file=sys.stderr)
+            return 2
+        print(f"{machine_name()}; {preset.description}; {preset.dtype}, {args.repeats} repeats")
+        for name in engines:
+            try:
+                for done in runners[name](prepared, args):
+                    rows += done
+                    save(output, rows, preset, args)
+            except CheckError as error:
+                print(f"correctness check failed: {error}; {name} was not timed", file=sys.stderr)
+                return 1
+            free_memory()
+    print(table(HEADER, [cells(row) for row in rows if "not_run" not in row]))
     for row in rows:
-        forward, compressor = (Sample(tuple(times[row][k])) for k in ("forward", "compressor"))
-        both = zip(forward.values, compressor.values, strict=True)
-        total = Sample(tuple(a + b for a, b in both))
-        visual = counts["original"] if row is None else counts[str(row)]
-        name = "vanilla" if row is None else f"SCORE {row:.0%}"
-        results.append(
-            {
-                "row": name,
-                "retention_ratio": row,
-                "visual_tokens": visual,
-                "total_tokens": visual + counts["text"],
-                "compressor_ms": None if row is None else compressor.to_json(),
-                "llm_forward_ms": forward.to_json(),
-                "total_ms": total.to_json(),
-                "speedup": base / total.median,
-            }
-        )
-        shown = "-" if row is None else str(compressor)
-        cells = [name, f"{visual} / {visual + counts['text']}", shown, str(forward), str(total)]
-        printed.append([*cells, f"{base / total.median:.1f}x"])
-    header = ["", "visual / total tokens", "compressor ms", "LLM forward ms", "total ms", "vs vanilla"]
-    print(table(header, printed))
-    output = args.output or RESULTS / f"prefill_latency_{Path(args.model).name}.json"
-    arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
-    write_results(output, results, benchmark="prefill_latency", arguments=arguments)
+        if "not_run" in row:
+            print(f"{row['engine']}, {row['row']}: not run: {row['not_run']}")
     print(f"written: {os.path.relpath(output)}")
+    return 0
+
+
+def free_memory() -> None:
+    """What an engine leaves behind, before the next one asks how much there is."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def save(output: Path, rows: list[dict[str, Any]], preset: Preset, args: argparse.Namespace) -> None:
+    """Results as they come, so that a later failure does not cost them; then the picture."""
+    plain = (list, int, float)
+    asked = {key: value for key, value in vars(args).items() if key != "output" and value is not None}
+    arguments = {key: value if isinstance(value, plain) else str(value) for key, value in asked.items()}
+    about = {"name": preset.name, "description": preset.description, "dtype": preset.dtype, "weights": preset.weights}
+    write_results(output, rows, benchmark="prefill_latency", preset=about, arguments=arguments, repeats=args.repeats)
+    document = {"environment": environment(), "rows": rows}
+    try:
+        write_atomically(output.with_suffix(".png"), picture(document, file_digest(output)))
+    except ImportError:
+        print("no picture: matplotlib is not installed (extra 'bench')")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

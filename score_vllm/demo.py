@@ -1,25 +1,22 @@
-"""The embedded demo model: the Qwen2.5-VL architecture, small enough for seconds on two cores.
+"""The embedded demo, and the recipe for models like it: the Qwen2.5-VL architecture, seconds on two cores.
 
-Its weights are seeded random numbers, so its answers are noise; everything around them is real: the processor,
-the special tokens, the chat format, the positions, the token counts. The whole recipe is this file.
+The demo's weights are trained on a small synthetic world (:mod:`score_vllm.train.world`) and come with the package.
+:func:`build_model` writes checkpoints with random weights of any size: for tests, and as the start of training.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Raise when the recipe changes what is written.
-RECIPE_VERSION = 2
+ASSETS = Path(__file__).resolve().parent / "assets" / "demo"
 SEED = 20260323
 MODEL_FOLDER = "model"
 POLICY_FOLDER = "policy"
+# The sample clip is this one of the world's split "demo".
+CLIP_INDEX = 11
 
 # Qwen2's special tokens, in the order of its vocabulary.
 SPECIAL_TOKENS = (
@@ -61,7 +58,7 @@ You are a helpful assistant.<|im_end|>
 {% endif -%}
 """.strip("\n")
 
-# Sizes of the demo; tests override single entries through build_model(...).
+# Sizes of a random model; callers override single entries through build_model(...).
 TEXT_CONFIG: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -99,80 +96,48 @@ def cache_directory() -> Path:
     return Path(root).expanduser() / "score-vllm"
 
 
-def ensure_demo(cache: Path | None = None) -> tuple[Path, Path]:
-    """Build the demo model and its policy at first use; later calls only look.
+def demo_model() -> Path:
+    """The embedded demo model: a Qwen2.5-VL of 2.5 M parameters, trained from scratch on a synthetic world.
 
-    Safe against two starts at once (a file lock) and against a kill half-way (built aside, then renamed).
-
-    Args:
-        cache: the cache directory; by default :func:`cache_directory`.
+    ``python -m score_vllm.train.demo_vlm`` made it; ``training.json`` beside the weights says how well it answers.
 
     Returns:
-        ``(model directory, policy directory)``.
+        Its directory, inside the installed package.
 
     Raises:
-        OSError: the cache directory cannot be written.
+        FileNotFoundError: this installation lacks it.
     """
-    from filelock import FileLock
-
-    root = cache or cache_directory()
-    home = root / f"demo-{_recipe_digest()}"
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(home) + ".lock"):
-        if not home.is_dir():
-            staging = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=root))
-            try:
-                build_model(staging / MODEL_FOLDER)
-                build_policy(staging / POLICY_FOLDER)
-                staging.chmod(0o755)
-                os.replace(staging, home)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    return home / MODEL_FOLDER, home / POLICY_FOLDER
+    return _asset(MODEL_FOLDER)
 
 
-def ensure_demo_clip(home: Path) -> Path:
-    """A six-second sample clip beside the demo model: a disc crosses a textured ground.
+def ensure_demo() -> tuple[Path, Path]:
+    """The embedded demo model and its retention policy.
 
-    Args:
-        home: the demo's folder in the cache.
+    ``python -m score_vllm.train --config train/configs/demo.toml`` made the policy; its provenance says how.
 
     Returns:
-        Path of the mp4 file; written once, atomically.
+        ``(model directory, policy directory)``, inside the installed package.
+
+    Raises:
+        FileNotFoundError: this installation lacks them.
     """
-    import av
-    import numpy as np
-
-    path = home / "clip.mp4"
-    if path.is_file():
-        return path
-    height, width, count, fps = 180, 320, 60, 10
-    ground = np.random.default_rng(SEED).integers(40, 110, (height // 4, width // 4, 3), dtype=np.uint8)
-    ground = ground.repeat(4, axis=0).repeat(4, axis=1)
-    rows, columns = np.mgrid[:height, :width]
-    handle, name = tempfile.mkstemp(suffix=".mp4", dir=home)
-    os.close(handle)
-    with av.open(name, "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for i in range(count):
-            picture = ground.copy()
-            centre = 30 + (width - 60) * i / (count - 1)
-            picture[(columns - centre) ** 2 + (rows - height / 2) ** 2 < 24**2] = (230, 60, 40)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    os.chmod(name, 0o644)
-    os.replace(name, path)
-    return path
+    return demo_model(), _asset(POLICY_FOLDER)
 
 
-def _recipe_digest() -> str:
-    recipe = [RECIPE_VERSION, SEED, SPECIAL_TOKENS, CHAT_TEMPLATE, TEXT_CONFIG, VISION_CONFIG, PIXELS]
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+def _asset(name: str) -> Path:
+    folder = ASSETS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: this installation of score-vllm has no embedded demo")
+    return folder
+
+
+def demo_clip() -> Path:
+    """A sixteen-second sample clip of the world that the demo model knows: an mp4 file inside the package."""
+    return ASSETS / "clip.mp4"
 
 
 def build_policy(directory: Path) -> None:
-    """Write the demo's retention policy: seeded random weights, and its config says so."""
+    """Write a retention policy for :func:`build_model`'s width: seeded random weights, and its config says so."""
     from score_vllm.policy import RetentionPolicy
 
     policy = RetentionPolicy(TEXT_CONFIG["hidden_size"], model_id="demo", seed=SEED)

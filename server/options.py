@@ -12,7 +12,7 @@ from typing import Any
 
 from score_vllm import plugin
 from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
-from score_vllm.demo import ensure_demo, ensure_demo_clip
+from score_vllm.demo import demo_clip, ensure_demo
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
@@ -50,7 +50,7 @@ def resolve_model(name: str) -> ResolvedModel:
     """Turn ``demo`` and short names into what vLLM loads; the typed name stays usable in requests."""
     if name == DEMO:
         model, policy = ensure_demo()
-        return ResolvedModel(str(model), [DEMO], str(policy), ensure_demo_clip(model.parent))
+        return ResolvedModel(str(model), [DEMO], str(policy), demo_clip())
     if name in SHORT_NAMES:
         return ResolvedModel(SHORT_NAMES[name], [name, SHORT_NAMES[name]])
     if looks_short := [known for known in SHORT_NAMES if known.lower() == name.lower()]:

@@ -68,9 +68,9 @@ def model_path(settings: TrainSettings) -> str:
     """Directory or hub id; ``demo`` is the embedded model, which is built at first use."""
     if settings.model.path != "demo":
         return settings.model.path
-    from score_vllm.demo import ensure_demo
+    from score_vllm.demo import demo_model
 
-    return str(ensure_demo()[0])
+    return str(demo_model())
 
 
 def make_accelerator(settings: TrainSettings) -> Any:

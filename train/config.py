@@ -14,6 +14,7 @@ from score_vllm.train.rollout import OBJECTIVES
 from score_vllm.train.schema import assign, bounded, build, choice, parse_override, read_toml
 from score_vllm.train.source_config import SourceConfig
 
+SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -86,6 +87,7 @@ class OptimizerSettings:
         momentum: of ``sgd``.
         beta1, beta2: of ``adamw``.
         weight_decay: decoupled for ``adamw``, added to the gradient for ``sgd``.
+        schedule: of each stage after its warm-up: ``constant``, or ``cosine`` down to a twentieth (not in the paper).
         warmup_steps: of each stage, over which the rate rises linearly.
         grad_clip: largest L2 norm of the gradient; 0 is no limit.
         samples_per_step: videos per process whose gradients are accumulated before a step.
@@ -97,6 +99,7 @@ class OptimizerSettings:
     beta1: float = bounded(0.9, 0, 0.9999)
     beta2: float = bounded(0.99, 0, 0.99999)
     weight_decay: float = bounded(0.0, 0, 1)
+    schedule: str = choice("constant", SCHEDULES)
     warmup_steps: int = bounded(0, 0)
     grad_clip: float = bounded(1.0, 0)
     samples_per_step: int = bounded(1, 1, 4096)
@@ -225,9 +228,9 @@ def _shaping(plain: dict[str, Any]) -> dict[str, Any]:
     for table, name in (("model", "device"), ("model", "shard"), ("optimizer", "samples_per_step")):
         kept[table].pop(name, None)
     kept["rollout"].pop("max_rollout_tokens", None)
-    kept["stages"] = {
-        stage["name"]: {k: v for k, v in stage.items() if k not in ("steps", "name")} for stage in kept["stages"]
-    }
+    # A falling rate depends on where it falls to.
+    free = ("name",) if kept["optimizer"]["schedule"] == "cosine" else ("steps", "name")
+    kept["stages"] = {stage["name"]: {k: v for k, v in stage.items() if k not in free} for stage in kept["stages"]}
     return kept
 
 

@@ -21,7 +21,16 @@ import torch
 from score_vllm import demo
 from score_vllm.train.demo_language import Words, accuracy, encode_pool, train_language
 from score_vllm.train.demo_vision import train_vision
-from score_vllm.train.world import CAPTION_PROMPTS, caption, clip_rng, make_pseudo_scene, make_scene, questions
+from score_vllm.train.world import (
+    CAPTION_PROMPTS,
+    caption,
+    clip_rng,
+    make_clip,
+    make_pseudo_scene,
+    make_scene,
+    questions,
+)
+from score_vllm.train.world_render import render, write_clip
 
 TEXT_CONFIG: dict[str, Any] = {
     "hidden_size": 192,
@@ -115,7 +124,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         record = {
             "vision_accuracy": seen,
             "validation_accuracy": final,
-            "arguments": {key: value for key, value in vars(args).items() if key not in ("output", "vision_from")},
+            "arguments": {
+                key: value for key, value in vars(args).items() if key not in ("output", "vision_from", "clip")
+            },
             "minutes": round((time.monotonic() - started) / 60, 1),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
@@ -138,6 +149,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="directory of the checkpoint; replaced")
+    parser.add_argument("--clip", type=Path, help="also write the demo's sample clip to this file")
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-from", help="take the vision tower of this checkpoint instead of training one")
     parser.add_argument("--language-steps", type=int, default=6000)
@@ -145,6 +157,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of the second stage, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.clip:
+        write_clip(render(make_clip("demo", demo.CLIP_INDEX)[0]).frames, args.clip)
     tqdm_print(json.dumps(train(args), indent=2))
 
 

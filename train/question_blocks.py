@@ -78,7 +78,9 @@ def pack_blocks(
     shared = len(prefix) + kept + len(suffix)
     total = shared + sum(widths)
     ids = torch.zeros(batch, total - shared, dtype=torch.int64)
-    rows, targets, owners = [], [], []
+    rows: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
     starts = [sum(widths[:j]) for j in range(columns)]
     for b, row in enumerate(blocks):
         for j, block in enumerate(row):

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from score_vllm.policy import RetentionPolicy
 from score_vllm.train import checkpoint
-from score_vllm.train.config import OptimizerSettings, StageSettings, TrainSettings, differences
+from score_vllm.train.config import StageSettings, TrainSettings, differences
 from score_vllm.train.curriculum import SourceOpener, StageData, open_stage
 from score_vllm.train.engine import Engine
 from score_vllm.train.feature_cache import FeatureCache
+from score_vllm.train.optimizer import learning_rate_factor, make_optimizer
 from score_vllm.train.provenance import provenance
 from score_vllm.train.rollout import noise_generator
 from score_vllm.train.step import METRICS, sample_step
@@ -207,19 +208,19 @@ class Trainer:
             raise TrainingStoppedError(
                 f"step {self.step + 1}, stage {stage.name!r}: {self._problem or 'another process met bad numbers'}"
             )
-        self._update(parameters, (total / self.samples_per_step).float(), number)
+        self._update(parameters, (total / self.samples_per_step).float(), number, stage.steps)
         values = dict(zip(METRICS, (metrics.cpu() / self.samples_per_step).tolist(), strict=True))
         values["tokens"] *= self.samples_per_step
         return values, bool(flags[1] > 0)
 
-    def _update(self, parameters: list[torch.nn.Parameter], gradient: torch.Tensor, number: int) -> None:
+    def _update(self, parameters: list[torch.nn.Parameter], gradient: torch.Tensor, number: int, steps: int) -> None:
         settings = self.settings.optimizer
         for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
         if settings.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.lr * min(1.0, (number + 1) / max(1, settings.warmup_steps))
+            group["lr"] = settings.lr * learning_rate_factor(number, steps, settings)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -280,15 +281,3 @@ def make_policy(settings: TrainSettings, hidden_size: int) -> RetentionPolicy:
             f"policy.use_residual must be {policy.config.use_residual}, as in policy.init, got {wanted.use_residual}"
         )
     return policy
-
-
-def make_optimizer(settings: OptimizerSettings, policy: RetentionPolicy) -> torch.optim.Optimizer:
-    """AdamW or SGD over the policy's parameters, in one group."""
-    parameters = list(policy.parameters())
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
-    )

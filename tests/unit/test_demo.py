@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import multiprocessing
+import json
 from pathlib import Path
 
 import pytest
@@ -9,25 +9,11 @@ import torch
 from score_vllm import RetentionPolicy, demo
 
 
-def build(cache: str) -> str:
-    return str(demo.ensure_demo(Path(cache))[0])
-
-
-def test_two_starts_at_once_build_one_demo(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        first, second = pool.map(build, [str(tmp_path)] * 2)
-    assert first == second
-    folders = [p.name for p in tmp_path.iterdir() if p.is_dir()]
-    assert len(folders) == 1, "nothing half-built may stay behind"
-
-
-def test_demo_is_a_complete_checkpoint(tmp_path: Path) -> None:
+def test_demo_is_a_complete_checkpoint() -> None:
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    model_dir, policy_dir = demo.ensure_demo(tmp_path)
-    stamp = (model_dir / "model.safetensors").stat().st_mtime_ns
-    assert demo.ensure_demo(tmp_path) == (model_dir, policy_dir)
-    assert (model_dir / "model.safetensors").stat().st_mtime_ns == stamp, "built once"
+    model_dir, policy_dir = demo.ensure_demo()
+    assert sum(p.stat().st_size for p in demo.ASSETS.rglob("*")) < 12e6
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir)
     processor = AutoProcessor.from_pretrained(model_dir)
     ids = [processor.tokenizer.convert_tokens_to_ids(t) for t in demo.SPECIAL_TOKENS]
@@ -36,7 +22,14 @@ def test_demo_is_a_complete_checkpoint(tmp_path: Path) -> None:
     assert model.config.video_token_id == processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     policy = RetentionPolicy.from_pretrained(policy_dir)
     assert policy.config.hidden_size == model.config.text_config.hidden_size
-    assert "not trained" in policy.config.provenance["origin"]
+    record = json.loads((model_dir / "training.json").read_text())
+    assert record["validation_accuracy"]["all"] >= 0.9
+
+
+def test_a_package_without_the_demo_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "ASSETS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no embedded demo"):
+        demo.ensure_demo()
 
 
 def test_chat_format() -> None:
@@ -61,13 +54,41 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_sample_clip(tmp_path: Path) -> None:
+def test_demo_answers_about_its_clip() -> None:
+    """The first thing that a newcomer asks, with all tokens and with a tenth."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    from score_vllm import select_tokens
+    from score_vllm.features import VisionTower
+    from score_vllm.positions import position_extent, video_offsets
+    from score_vllm.train.demo_language import T_FACTOR, Words
+    from score_vllm.train.question_blocks import block_logits, blocks_right, pack_blocks
+    from score_vllm.train.world import make_clip
     from score_vllm.video import decode_video
 
-    path = demo.ensure_demo_clip(tmp_path)
-    assert demo.ensure_demo_clip(tmp_path) == path
-    assert decode_video(path.read_bytes()).frames.shape[1:] == (180, 320, 3)
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    model_dir, policy_dir = demo.ensure_demo()
+    scene, asked = make_clip("demo", demo.CLIP_INDEX)
+    frames = decode_video(demo.demo_clip().read_bytes()).frames
+    assert frames.shape == (scene.num_frames, 224, 224, 3)
+    x, grid = VisionTower(model_dir).encode(frames)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+    words = Words(AutoTokenizer.from_pretrained(model_dir))
+    blocks = [words.block(question.text, question.answer) for question in asked]
+    for ratio in (1.0, 0.1):
+        made = select_tokens(x, ratio, policy=RetentionPolicy.from_pretrained(policy_dir))
+        offsets = video_offsets(grid, T_FACTOR)[made.indices]
+        packed = pack_blocks(
+            model.model.language_model.embed_tokens,
+            words.prefix,
+            words.suffix,
+            made.embeddings[None],
+            offsets[None],
+            position_extent(grid, T_FACTOR),
+            [blocks],
+        )
+        with torch.no_grad():
+            right = blocks_right(block_logits(model, packed), packed).tolist()
+        assert all(right), [question for question, ok in zip(asked, right, strict=True) if not ok]
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ROOMS = [
     {"methods", "compressor", "demo", "features"},
     {"painting", "viz", "video_process"},
     {"models"},
-    {"plugin", "server", "train"},
+    {"plugin", "server", "train", "lmms_eval_adapter", "lmms_eval_model"},
 ]
 VLLM_ROOMS = {"models", "server"}
 # Single files that may import vllm besides, inside functions.

@@ -1,0 +1,158 @@
+"""Ask every question at every ratio, after a look at whether the server compresses at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.public.answers import Answers, ratio_name
+from benchmarks.public.client import Client, RequestFailed, Videos, request_body
+from benchmarks.public.formats import Question, find_video
+from benchmarks.public.prompts import prompt
+
+PROBED_VIDEOS = 5
+
+
+class ProbeFailed(Exception):
+    """The server does not do what the run would measure; the message says what was seen."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked, and how.
+
+    Attributes:
+        name: the set.
+        questions: in the order in which they are asked.
+        ratios: each question is asked once per ratio; None leaves it to the server.
+        model, method, variant, max_tokens: fields of every request (``variant`` chooses the prompt).
+        max_failures: the run stops after this many failed requests; what was answered is kept.
+    """
+
+    name: str
+    questions: Sequence[Question]
+    ratios: Sequence[float | None]
+    model: str
+    method: str | None
+    variant: str
+    max_tokens: int
+    max_failures: int
+
+    def body(self, question: Question, ratio: float | None) -> dict[str, Any]:
+        """The request without its video's address, which the client fills in."""
+        system, text = prompt(self.name, question, self.variant)
+        return request_body(self.model, system, text, "", ratio, self.method, self.max_tokens)
+
+
+async def probe(client: Client, plan: Plan, videos: Videos) -> dict[str, Any]:
+    """Ask one question at ratio 1 and at every asked ratio, and compare the prompts' lengths.
+
+    A stock server accepts ``retention_ratio`` as an unknown field and ignores it; the scores would then be the whole
+    video's under the ratio's name. Where ratio 1 does not fit the model, half of the smallest ratio is compared.
+
+    Returns:
+        The question's id and prompt tokens by ratio; empty where no ratio below 1 is asked or no video is there.
+
+    Raises:
+        ProbeFailed: the lengths do not follow the ratio, usage is not reported, or another method answered.
+        RequestFailed: none of the first five videos could be asked about.
+    """
+    asked = sorted({ratio for ratio in plan.ratios if ratio is not None and ratio < 1})
+    found = {q.video: (q, path) for q in reversed(plan.questions) if (path := find_video(videos.root, q)) is not None}
+    candidates = list(reversed(found.values()))[:PROBED_VIDEOS]
+    if not asked or not candidates:
+        return {}
+
+    async def length(question: Question, path: Path, ratio: float) -> int:
+        reply = await client.ask({**plan.body(question, ratio), "max_tokens": 1}, (videos, path))
+        if reply.prompt_tokens is None:
+            raise ProbeFailed("the server reports no usage.prompt_tokens, so compression cannot be verified")
+        said = (reply.report or {}).get("method", plan.method)
+        if plan.method is not None and said != plan.method:
+            raise ProbeFailed(f"--retention-method {plan.method} was asked, and the server used {said!r}")
+        return reply.prompt_tokens
+
+    for question, path in candidates:
+        try:
+            lengths = {ratio: await length(question, path, ratio) for ratio in asked}
+        except RequestFailed as error:
+            problem = error
+            continue
+        try:
+            whole = 1.0
+            lengths[whole] = await length(question, path, whole)
+        except RequestFailed:
+            whole = asked[0] / 2
+            lengths[whole] = await length(question, path, whole)
+        same = [r for r in asked if (lengths[r] >= lengths[whole] if whole == 1.0 else lengths[r] <= lengths[whole])]
+        if same:
+            seen = ", ".join(f"{lengths[r]} prompt tokens at ratio {r}" for r in sorted(lengths))
+            raise ProbeFailed(
+                f"the server ignores retention_ratio: question {question.id} has {seen}. A stock server accepts the "
+                "field and does nothing; start score-serve, or ask for --retention-ratio default"
+            )
+        return {"question": question.id, "prompt_tokens": {ratio_name(r): lengths[r] for r in sorted(lengths)}}
+    raise RequestFailed(f"no answer about any of the first {len(candidates)} videos: {problem}")
+
+
+async def ask_all(client: Client, plan: Plan, videos: Videos, answers: Answers, width: int) -> bool:
+    """Ask what has no answer yet, with a progress bar; every answer is in the file as soon as it came.
+
+    Args:
+        width: requests prepared at a time; the client's own limit says how many of them are in flight.
+
+    Returns:
+        False where the run was stopped by ``max_failures``.
+    """
+    total = len(plan.questions) * len(plan.ratios)
+    todo = [
+        (question, ratio)
+        for question in plan.questions
+        for ratio in plan.ratios
+        if not answers.answered(ratio_name(ratio), question.id)
+    ]
+    work = iter(todo)
+    failures = 0
+
+    async def one(question: Question, ratio: float | None) -> None:
+        nonlocal failures
+        record: dict[str, Any] = {"ratio": ratio_name(ratio), "id": question.id}
+        path = find_video(videos.root, question)
+        if path is None:
+            places = ", ".join(str(videos.root / folder) for folder in question.folders)
+            record |= {"status": "failed", "error": f"video {question.video!r} not found in {places}"}
+        else:
+            try:
+                reply = await client.ask(plan.body(question, ratio), (videos, path))
+                record |= {
+                    "status": "answered",
+                    "text": reply.text,
+                    "prompt_tokens": reply.prompt_tokens,
+                    "completion_tokens": reply.completion_tokens,
+                    "finish_reason": reply.finish_reason,
+                    "method": (reply.report or {}).get("method"),
+                }
+            except RequestFailed as error:
+                failures += 1
+                record |= {"status": "failed", "error": str(error)}
+        answers.add(record)
+
+    async def worker(progress: tqdm) -> None:
+        for question, ratio in work:
+            if failures >= plan.max_failures:
+                return
+            await one(question, ratio)
+            progress.update()
+            if failures:
+                progress.set_postfix(failed=failures, refresh=False)
+
+    with tqdm(total=total, initial=total - len(todo), desc=plan.name, unit="request") as progress:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(width):
+                group.create_task(worker(progress))
+    return failures < plan.max_failures or next(work, None) is None

@@ -1,0 +1,175 @@
+"""The command line of the public sets; reached through benchmarks/accuracy.py."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, table, write_results
+from benchmarks.public.answers import Answers, AnswersError, ratio_name
+from benchmarks.public.client import SEND, Client, RequestFailed, Videos
+from benchmarks.public.evaluate import Plan, ProbeFailed, ask_all, probe
+from benchmarks.public.formats import SETS, digest, read_questions
+from benchmarks.public.prompts import VARIANTS
+from benchmarks.public.rows import FormatError
+from benchmarks.public.scoring import Score, score, score_rows
+
+SHOWN_FAILURES = 20
+DESCRIPTION = """Accuracy on a public video question set, at one or several retention ratios side by side.
+
+Answers go into a JSON-lines file as they come; the same command, repeated, goes on where it stopped and asks failed
+requests again. With any failed request the score is withheld and the exit status is 1.
+"""
+
+
+def ratio(text: str) -> float | None:
+    """One value of --retention-ratio."""
+    from score_vllm.budget import check_retention_ratio
+
+    if text == "default":
+        return None
+    try:
+        return check_retention_ratio(float(text), "--retention-ratio")
+    except ValueError:
+        message = f"must be a number in (0, 1], or 'default' for the server's own, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of all public sets."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="annotation file of the set (.parquet, .json, .jsonl), or its folder")
+    add("--videos", type=Path, required=True, help="folder of the set's videos, as the published archives unpack")
+    add("--base-url", default="http://127.0.0.1:8000/v1", help="the endpoint's root")
+    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY, else none")
+    add("--model", default=None, help="default: the one model that the endpoint lists")
+    add("--retention-ratio", type=ratio, nargs="+", default=[1.0], metavar="R", help="one or several; or 'default'")
+    add("--retention-method", default=None, help="default: the server's")
+    add("--prompt", choices=VARIANTS, default="official", help="whose wording of the question")
+    add("--send", choices=SEND, default="base64", help="file: the server opens the path; base64: inside the request")
+    add("--server-videos", default=None, help="--send file: the videos' folder as the server sees it")
+    add("--video-base-url", default=None, help="--send url: the URL at which the videos' folder is served")
+    add("--max-tokens", type=positive, default=16, help="most tokens of an answer")
+    add("--limit", type=positive, default=None, help="only the first N questions; not a figure to publish")
+    add("--concurrency", type=positive, default=4, help="most requests in flight")
+    add("--retries", type=natural, default=5, help="repeats of a request after 5xx, 429, timeouts, lost connections")
+    add("--timeout", type=positive, default=1800, help="seconds for one attempt")
+    add("--max-failures", type=positive, default=50, help="stop after this many failed requests")
+    add("--allow-failures", action="store_true", help="score the answered questions even where requests failed")
+    add("--no-probe", action="store_true", help="do not verify that the server compresses (the results say so)")
+    add("--output", type=Path, default=None, help=f"results file (default: {RESULTS.name}/accuracy_<set>_<model>.json)")
+    add("--answers", type=Path, default=None, help="file of answers (default: beside the results file)")
+
+
+def _videos(args: argparse.Namespace) -> Videos:
+    if not args.videos.is_dir():
+        raise FormatError(f"--videos must be a folder, got {args.videos}")
+    if (args.send == "url") != (args.video_base_url is not None):
+        raise FormatError("--send url and --video-base-url go together")
+    if args.server_videos is not None and args.send != "file":
+        raise FormatError("--server-videos goes with --send file")
+    if args.server_videos is not None and not args.server_videos.startswith("/"):
+        raise FormatError(f"--server-videos must be an absolute path, got {args.server_videos!r}")
+    return Videos(args.videos, args.send, args.video_base_url or args.server_videos)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one set; 0: scored, 1: withheld or stopped, 2: wrong input."""
+    try:
+        videos = _videos(args)
+        return asyncio.run(_main(args, videos))
+    except (FormatError, AnswersError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ProbeFailed, RequestFailed) as error:
+        print(f"error: {error}; nothing was scored", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+async def _main(args: argparse.Namespace, videos: Videos) -> int:
+    chosen = SETS[args.benchmark]
+    questions = read_questions(args.benchmark, args.data)
+    content = digest(questions)
+    if len(questions) != chosen.size:
+        print(f"note: {len(questions)} questions here, {chosen.size} in the published set", file=sys.stderr)
+    questions = questions[: args.limit]
+    ratios = list(dict.fromkeys(args.retention_ratio))
+    async with Client(args.base_url, args.api_key, args.concurrency, args.retries, args.timeout) as client:
+        model = args.model or await client.only_model()
+        plan = Plan(
+            args.benchmark, questions, ratios, model, args.retention_method, args.prompt, args.max_tokens,
+            args.max_failures,
+        )  # fmt: skip
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)
+        output = args.output or RESULTS / f"accuracy_{args.benchmark}_{name}.json"
+        configuration = {
+            "benchmark": args.benchmark,
+            "questions": content,
+            "base_url": args.base_url.rstrip("/"),
+            "model": model,
+            "retention_method": args.retention_method,
+            "prompt": args.prompt,
+            "max_tokens": args.max_tokens,
+        }
+        answers = Answers(args.answers or output.with_suffix(".answers.jsonl"), configuration)
+        try:
+            probed = {} if args.no_probe else await probe(client, plan, videos)
+            went_through = await ask_all(client, plan, videos, answers, args.concurrency)
+        finally:
+            answers.close()
+    scores = [score(chosen, questions, answers, r, args.allow_failures) for r in ratios]
+    facts: dict[str, Any] = {
+        "title": chosen.title,
+        "headline": chosen.headline,
+        "published_size": chosen.size,
+        "asked": len(questions),
+        "probe": probed or None,
+        "over_answered_only": args.allow_failures and not all(s.complete for s in scores),
+    }
+    write_results(output, [s.to_json() for s in scores], **configuration, **facts)
+    _report(args, scores, chosen.title, len(questions), chosen.size)
+    print(f"written: {os.path.relpath(output)}; answers: {os.path.relpath(answers.path)}")
+    if not went_through:
+        print(f"stopped after {args.max_failures} failed requests (--max-failures)", file=sys.stderr)
+    return 0 if all(s.complete for s in scores) else 1
+
+
+def _report(args: argparse.Namespace, scores: list[Score], title: str, asked: int, size: int) -> None:
+    part = "" if asked == size else f", {asked} of {size} questions: not the published set's figure"
+    print(f"{title}, {args.prompt} prompt{part}; percent [95 % interval]")
+    if any(s.headline is not None and not s.complete for s in scores):
+        print("OVER ANSWERED QUESTIONS ONLY: some requests failed, see below")
+    print(table(*score_rows(SETS[args.benchmark], scores)))
+    for s in scores:
+        if len(s.methods) > 1:
+            print(f"ratio {ratio_name(s.ratio)}: MIXED METHODS {', '.join(s.methods)}", file=sys.stderr)
+        if s.failed:
+            print(f"ratio {ratio_name(s.ratio)}: {len(s.failed)} failed request(s)", file=sys.stderr)
+            for question, reason in list(s.failed.items())[:SHOWN_FAILURES]:
+                print(f"  {question}: {reason}", file=sys.stderr)
+            if len(s.failed) > SHOWN_FAILURES:
+                print(f"  ... and {len(s.failed) - SHOWN_FAILURES} more, in the results file", file=sys.stderr)
+    if not args.allow_failures and any(s.headline is None for s in scores):
+        print("a score is withheld while requests fail; repeat the command to ask them again", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""The README's blocks. A block is a module of this folder with a function under :func:`block`:
+
+    @block("ttft_stages", "ttft_stages*.json")
+    def ttft_stages(results):                       # {file name: parsed JSON}, sorted; never empty
+        document = results["ttft_stages.json"]
+        return table([...], [...]) + caption(document, "ttft_stages.json")
+
+and the markers ``<!-- ttft_stages -->`` ... ``<!-- /ttft_stages -->`` in README.md. Every module here is imported by
+``report.py``; nothing else has to be touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Render = Callable[[dict[str, Any]], str]
+NOT_MEASURED = "*Not measured yet.*"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One marked part of the README.
+
+    Attributes:
+        name: of the markers.
+        pattern: glob of its results files.
+        render: results by file name to Markdown.
+        picture: makes the PNG of one results file, or None; it stands beside the JSON under the same name.
+        empty: Markdown where there is no results file.
+    """
+
+    name: str
+    pattern: str
+    render: Render
+    picture: Callable[[dict[str, Any], str], bytes] | None = None
+    empty: Callable[[], str] = lambda: NOT_MEASURED
+
+
+BLOCKS: dict[str, Block] = {}
+
+
+def block(
+    name: str,
+    pattern: str,
+    *,
+    picture: Callable[[dict[str, Any], str], bytes] | None = None,
+    empty: Callable[[], str] = lambda: NOT_MEASURED,
+) -> Callable[[Render], Render]:
+    """Decorator that registers a block; see :class:`Block`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def wrap(render: Render) -> Render:
+        if name in BLOCKS and BLOCKS[name].render.__module__ != render.__module__:
+            raise ValueError(f"block {name!r} is registered already, by {BLOCKS[name].render.__module__}")
+        BLOCKS[name] = Block(name, pattern, render, picture, empty)
+        return render
+
+    return wrap
+
+
+def load_blocks() -> dict[str, Block]:
+    """Import every module of this folder."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return BLOCKS
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a results file: what its picture was drawn from."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def link(file: str) -> str:
+    """A link from the README to a results file."""
+    return f"[{file}](benchmarks/results/{file})"

@@ -1,0 +1,256 @@
+"""Where the time to first token goes: one request at a time through the real servers, split into its stages.
+
+    python benchmarks/ttft_stages.py            # about 4 minutes on two cores
+    python benchmarks/ttft_stages.py --quick
+    python benchmarks/ttft_stages.py --model Qwen/Qwen2.5-VL-7B-Instruct --policy DIR --dtype bfloat16 \\
+        --frames 128 --server-args="--gpu-memory-utilization 0.45"     # two servers share the GPU
+
+A vanilla server and a compressed one run side by side; rows take turns, each repeat sends a clip that no server has
+seen, and every cache is off. The client fetches nothing: the server downloads each clip over HTTP (from the loopback,
+so a real network adds its own), decodes, preprocesses, encodes, selects, prefills. Stop-watches stand at the doors
+between those stages, inside the servers (inserver/score_bench_plugin.py); what lies between the doors is "hand-over".
+vLLM's own queue, prefill and TTFT metrics and ``score_compressor_seconds`` of the same requests stand beside them.
+
+Before anything is timed: answers at ratio 1 must equal vanilla's, and every prompt must have exactly its tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import itertools
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from bench_model import add_arguments, resolve_model
+from clips import ClipShape, write_clips
+from harness import RESULTS, Sample, machine_name, table, write_results
+from serving import SERVED_NAME, Server, ServerOptions, file_server, running
+from stage_split import STAGES, SpanReader, split
+from streaming import Answer, chat_body
+
+QUESTION = "What happens?"
+# Histogram sums whose growth over the timed requests is reported beside ours, in seconds.
+OWN_METRICS = {
+    "queue": "vllm:request_queue_time_seconds_sum",
+    "prefill": "vllm:request_prefill_time_seconds_sum",
+    "ttft": "vllm:time_to_first_token_seconds_sum",
+    "compress": "score_compressor_seconds_sum",
+}
+COLOURS = ("#bab0ac", "#9c755f", "#edc948", "#d4d4d4", "#4e79a7", "#59a14f", "#e15759", "#b07aa1")
+
+
+def stream(server: Server, body: dict[str, Any]) -> Answer:
+    """Send one request over a fresh connection and read its answer as it comes.
+
+    Raises:
+        RuntimeError: the status is not 200.
+    """
+    host = urllib.parse.urlsplit(server.url).netloc
+    data = json.dumps(body).encode()
+    connection = http.client.HTTPConnection(host, timeout=600)
+    try:
+        answer = Answer(time.monotonic())
+        connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise RuntimeError(f"{server.kind} answered {response.status}: {response.read()[:500]!r} ({server.log})")
+        while data := response.read1(1 << 16):
+            answer.feed(data, time.monotonic())
+        return answer
+    finally:
+        connection.close()
+
+
+def check_answers(
+    servers: dict[str, Server], urls: Sequence[str], ratios: Sequence[float]
+) -> dict[float | None, dict[str, int]]:
+    """Answers before times; returns visual and prompt tokens per row.
+
+    Raises:
+        SystemExit: an answer at ratio 1 differs from vanilla's, or a count is not exact.
+    """
+    from score_vllm import num_retained_tokens
+
+    counts: dict[float | None, dict[str, int]] = {}
+    for url in urls:
+        plain = stream(servers["vanilla"], chat_body(SERVED_NAME, url, QUESTION, 8, None))
+        whole = stream(servers["score"], chat_body(SERVED_NAME, url, QUESTION, 8, 1.0))
+        prompt = int(plain.usage["prompt_tokens"])
+        (video,) = (whole.score or {"videos": []})["videos"] or [{"original_tokens": -1}]
+        original = video["original_tokens"]
+        wrong = plain.problem(8, None, None) or whole.problem(8, prompt, original)
+        if wrong is None and plain.text != whole.text:
+            wrong = f"vanilla says {plain.text!r} and SCORE at ratio 1 says {whole.text!r}"
+        counts[None] = {"visual": original, "prompt": prompt}
+        for ratio in ratios:
+            kept = num_retained_tokens(original, ratio)
+            counts[ratio] = {"visual": kept, "prompt": prompt - original + kept}
+            answer = stream(servers["score"], chat_body(SERVED_NAME, url, QUESTION, 8, ratio))
+            wrong = wrong or answer.problem(8, counts[ratio]["prompt"], kept)
+        if wrong is not None:
+            sys.exit(f"correctness check failed: {wrong}; nothing was timed")
+    return counts
+
+
+def summarise(name: str, ratio: float | None, count: dict[str, int], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the results: medians and spreads, in milliseconds, over the repeats of one row."""
+    stages = {stage: Sample(tuple(run["stages"][stage] * 1000 for run in runs)) for stage in STAGES}
+    ttft = Sample(tuple(sum(run["stages"].values()) * 1000 for run in runs))
+    own = {key: Sample(tuple(run["own"][key] * 1000 for run in runs)).to_json() for key in runs[0]["own"]}
+    return {
+        "row": name,
+        "retention_ratio": ratio,
+        "visual_tokens": count["visual"],
+        "prompt_tokens": count["prompt"],
+        "ttft_ms": ttft.to_json(),
+        "stages_ms": {stage: sample.to_json() for stage, sample in stages.items()},
+        "metrics_ms": own,
+    }
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Stacked bars of the stages' medians, one bar per row; written atomically."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 2.2), layout="constrained")
+    lefts = [0.0] * len(rows)
+    places = range(len(rows))
+    for stage, colour in zip(STAGES, COLOURS, strict=True):
+        widths = [row["stages_ms"][stage]["median"] for row in rows]
+        axes.barh(places, widths, left=lefts, color=colour, label=stage, height=0.66)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    for place, left, row in zip(places, lefts, rows, strict=True):
+        axes.text(left, place, f"  {row['ttft_ms']['median']:.0f} ms", va="center", fontsize=9)
+    axes.set_yticks(list(places), [row["row"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(lefts) * 1.12)
+    axes.set_xlabel("milliseconds: bars are medians of each stage, numbers are medians of the whole")
+    axes.set_title(title, fontsize=9)
+    axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3 if len(rows) < 4 else -0.2))
+    axes.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def measure(
+    servers: dict[str, Server],
+    readers: dict[str, SpanReader],
+    clips: Sequence[str],
+    rows: Sequence[float | None],
+    counts: dict[float | None, dict[str, int]],
+) -> dict[float | None, list[dict[str, Any]]]:
+    """Every clip through every row, rows in turn; per row, a run per clip."""
+    runs: dict[float | None, list[dict[str, Any]]] = {row: [] for row in rows}
+    order = list(itertools.product(clips, rows))
+    for url, row in tqdm(order, desc="requests", unit="request"):
+        kind = "vanilla" if row is None else "score"
+        server = servers[kind]
+        before = server.metrics()
+        readers[kind].new()
+        answer = stream(server, chat_body(SERVED_NAME, url, QUESTION, 1, row))
+        kept = None if row is None else counts[row]["visual"]
+        if wrong := answer.problem(1, counts[row]["prompt"], kept):
+            sys.exit(f"a timed request failed: {wrong} (log: {server.log})")
+        spans = readers[kind].new()
+        stages = split(spans, answer.sent, answer.arrivals[0][0], compressed=row is not None)
+        after = server.metrics()
+        own = {key: after[name] - before.get(name, 0.0) for key, name in OWN_METRICS.items() if name in after}
+        runs[row].append({"stages": stages, "own": own})
+    return runs
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[float]]:
+    """Command line, checked; ``(arguments, ratios)``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--ratios", default="1.0,0.4,0.25,0.1", help="comma-separated, each in (0, 1]")
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--height", type=int, default=336)
+    parser.add_argument("--width", type=int, default=448)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--server-args", default="", help="further options for both servers, in one quoted string")
+    parser.add_argument("--output", type=Path, default=None, help="results file; the picture goes beside it as .png")
+    parser.add_argument("--quick", action="store_true", help="small clips and two repeats: does it all work?")
+    args = parser.parse_args()
+    if args.quick:
+        args.frames, args.height, args.width, args.repeats = 8, 112, 112, 2
+    try:
+        ratios = [float(text) for text in args.ratios.split(",")]
+        if not all(0 < ratio <= 1 for ratio in ratios):
+            raise ValueError
+    except ValueError:
+        parser.error(f"--ratios must be numbers in (0, 1] with commas between, got {args.ratios!r}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be >= 1, got {args.repeats}")
+    return args, ratios
+
+
+def main() -> None:
+    args, ratios = parse_arguments()
+    shape = ClipShape(args.frames, args.height, args.width)
+    model = resolve_model(args.model, args.policy)
+    folder = Path(tempfile.mkdtemp(prefix="score-ttft-"))
+    clips = write_clips(folder / "media", shape, range(args.repeats + 2))
+    length = shape.visual_tokens + 512
+    servers: dict[str, Server] = {}
+    readers: dict[str, SpanReader] = {}
+    print(f"{machine_name()}; {model.description}, {shape}, {args.dtype}; server logs in {folder}")
+    with file_server(folder / "media") as base:
+        urls = [f"{base}/{path.name}" for path in clips]
+
+        def options(kind: str) -> ServerOptions:
+            spans = folder / f"spans-{kind}"
+            spans.mkdir()
+            readers[kind] = SpanReader(spans)
+            extra = shlex.split(args.server_args)
+            media = folder / "media"
+            return ServerOptions(model, args.dtype, length, length, args.frames, media, extra=extra, spans=spans)
+
+        with (
+            running("vanilla", options("vanilla"), folder) as servers["vanilla"],
+            running("score", options("score"), folder) as servers["score"],
+        ):
+            # Two clips for the check, which warms both servers besides; the rest are new to them.
+            counts = check_answers(servers, urls[:2], ratios)
+            print("correctness: answers equal vanilla at ratio 1; every prompt has exactly its tokens")
+            rows: list[float | None] = [None, *ratios]
+            runs = measure(servers, readers, urls[2:], rows, counts)
+
+    names = {row: "vanilla" if row is None else f"SCORE {row:.0%}" for row in rows}
+    results = [summarise(names[row], row, counts[row], runs[row]) for row in rows]
+    base_ttft = results[0]["ttft_ms"]["median"]
+    printed = []
+    for result in results:
+        cells = [f"{result['stages_ms'][stage]['median']:.0f}" for stage in STAGES]
+        ttft = result["ttft_ms"]
+        times = [f"{ttft['median']:.0f} ± {ttft['spread']:.0f}", f"{base_ttft / ttft['median']:.2f}x"]
+        printed.append([result["row"], str(result["prompt_tokens"]), *cells, *times])
+    print(table(["medians, ms", "prompt", *STAGES, "TTFT", "vs vanilla"], printed))
+    output = args.output or RESULTS / f"ttft_stages_{Path(args.model).name}{'_quick' if args.quick else ''}.json"
+    arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
+    facts = {"arguments": arguments, "model": model.description, "download": "HTTP over the loopback"}
+    write_results(output, results, benchmark="ttft_stages", **facts)
+    title = f"Time to first token, {model.description}, {shape}\n{machine_name()}; clips over the loopback"
+    draw(results, title, output.with_suffix(".png"))
+    print(f"written: {os.path.relpath(output)} and {output.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

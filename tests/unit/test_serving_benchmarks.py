@@ -1,0 +1,320 @@
+"""The arithmetic of the serving benchmarks, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+_path = list(sys.path)
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "load")]
+try:
+    import aggregate
+    import bench_model
+    import clips
+    import drive
+    import longest_video
+    import monitoring
+    import plan
+    import serving
+    import stage_split
+    import streaming
+finally:
+    # benchmarks/kernels.py must not stay importable under the name of Hugging Face's package.
+    sys.path[:] = _path
+
+
+def sse(*chunks: dict[str, Any], done: bool = True) -> bytes:
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return "".join([*lines, "data: [DONE]\n\n"] if done else lines).encode()
+
+
+def chunk(text: str, completion: int, **more: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": 40, "completion_tokens": completion}
+    return {"choices": [{"delta": {"content": text}}], "usage": usage, **more}
+
+
+def test_events_survive_any_cut() -> None:
+    data = sse(chunk("é", 1), chunk("\n", 2))
+    whole = streaming.EventParser().feed(data)
+    assert len(whole) == 3
+    parser = streaming.EventParser()
+    assert [event for byte in data for event in parser.feed(bytes([byte]))] == whole
+
+
+def make_answer() -> streaming.Answer:
+    """Sent at 10; tokens at 12 (one), 12.5 (one), 13.5 (two in one chunk)."""
+    answer = streaming.Answer(10.0)
+    answer.feed(sse(chunk("", 0), done=False), 11.9)
+    answer.feed(sse(chunk("a", 1), done=False), 12.0)
+    answer.feed(sse(chunk("", 2), done=False), 12.5)
+    answer.feed(sse(chunk("cd", 4), done=False), 13.5)
+    answer.feed(sse(chunk("", 4, score={"videos": [{"retained_tokens": 7}]})), 13.6)
+    return answer
+
+
+def test_token_times_by_hand() -> None:
+    answer = make_answer()
+    assert answer.ttft == 2.0, "the role chunk has no token"
+    assert answer.inter_token() == [0.5, 0.5, 0.5], "two tokens in one chunk share its gap"
+    assert answer.tokens == 4
+    assert answer.text == "acd"
+
+
+def test_problems_are_named() -> None:
+    assert make_answer().problem(4, 40, 7) is None
+    assert make_answer().problem(4, None, None) is None
+    assert "4 tokens came instead of 5" in str(make_answer().problem(5, 40, 7))
+    assert "40 tokens instead of 41" in str(make_answer().problem(4, 41, 7))
+    assert "[7] retained tokens instead of [8]" in str(make_answer().problem(4, 40, 8))
+    cut = streaming.Answer(0.0)
+    cut.feed(sse(chunk("a", 1), done=False), 1.0)
+    assert "without [DONE]" in str(cut.problem(1, 40, None))
+    broken = streaming.Answer(0.0)
+    broken.feed(sse({"error": {"message": "no"}}), 1.0)
+    assert "error event" in str(broken.problem(1, 40, None))
+    with pytest.raises(ValueError, match="no token"):
+        _ = broken.ttft
+
+
+def test_body_leaves_the_ratio_out_for_vanilla() -> None:
+    assert "retention_ratio" not in streaming.chat_body("m", "u", "t", 1, None)
+    assert streaming.chat_body("m", "u", "t", 1, 0.25)["retention_ratio"] == 0.25
+
+
+def test_percentile_is_numpys() -> None:
+    assert aggregate.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert aggregate.percentile([1.0, 2.0], 95) == pytest.approx(1.95)
+    values = list(np.random.default_rng(0).random(37))
+    for q in (0, 1, 50, 95, 99, 100):
+        assert aggregate.percentile(values, q) == pytest.approx(float(np.percentile(values, q)))
+    with pytest.raises(ValueError, match="at least one"):
+        aggregate.percentile([], 50)
+    with pytest.raises(ValueError, match=r"\[0, 100\]"):
+        aggregate.percentile([1.0], 101)
+
+
+def record(sent: float, end: float, ratio: float | None = 0.1, error: str | None = None) -> dict[str, Any]:
+    times = {"sent": sent, "end": end, "ttft": 0.5, "itl": [0.1, 0.3]}
+    return {**times, "retention_ratio": ratio, "prompt_tokens": 100, "completion_tokens": 3, "error": error}
+
+
+def test_aggregate_by_hand() -> None:
+    """Four requests within 4 s: two good ones, one failed, one that left no record."""
+    row = aggregate.aggregate([record(1, 3), record(2, 5), record(2, 4, error="boom")], expected=4)
+    assert row["failures"] == 2
+    assert row["seconds"] == 4
+    assert row["requests_per_second"] == 0.5
+    assert row["output_tokens_per_second"] == 1.5
+    assert row["prompt_tokens"] == 200
+    assert row["ttft_ms"] == {"p50": 500.0, "p95": 500.0, "p99": 500.0, "mean": 500.0}
+    assert row["itl_ms"]["p50"] == pytest.approx(200)
+    assert row["tpot_ms"]["mean"] == pytest.approx(200)
+    assert row["e2e_ms"]["p50"] == pytest.approx(2500)
+
+
+def test_aggregate_of_nothing_but_failures() -> None:
+    row = aggregate.aggregate([record(0, 1, error="x")], expected=1)
+    assert (row["failures"], row["requests_per_second"], row["ttft_ms"]) == (1, 0.0, None)
+    for records in ([], [record(0, 1)] * 2):
+        with pytest.raises(ValueError, match="records"):
+            aggregate.aggregate(records, expected=1)
+
+
+def test_mixed_ratios_are_told_apart() -> None:
+    groups = aggregate.by_ratio([record(0, 1, 0.1), record(0, 1, 1.0), record(0, 1, 0.1), record(0, 1, 0.1, "x")])
+    assert {name: group["requests"] for name, group in groups.items()} == {"0.1": 2, "1.0": 1}
+
+
+def level(config: str, ratios: list[float], rate: float, gap: float, failures: int = 0) -> dict[str, Any]:
+    row = {"config": config, "retention_ratios": ratios, "concurrency": 16, "failures": failures}
+    return {**row, "requests_per_second": rate, "itl_ms": {"p50": gap}}
+
+
+def test_verdicts_say_what_is_met_and_what_is_not() -> None:
+    rows = [
+        level("vanilla", [1.0], 2.0, 10.0),
+        level("SCORE 10%", [0.1], 3.0, 12.0, failures=1),
+        level("SCORE mixed", [1.0, 0.1], 1.0, 10.0),
+    ]
+    failed, faster, decode = aggregate.verdicts(rows, [16])
+    assert failed == "failed requests: 1 (NOT MET: must be 0)"
+    assert faster == "SCORE 10% at concurrency 16: throughput 1.50x vanilla (met)"
+    assert decode == "SCORE 10% at concurrency 16: median gap between tokens 1.20x vanilla (NOT MET)"
+    assert len(aggregate.verdicts(rows, [32])) == 1
+
+
+TARGET = plan.Target("http://x", "m", original_tokens=1536, text_tokens=30)
+
+
+def test_a_plan_knows_the_exact_counts() -> None:
+    made = plan.make_requests(TARGET, [Path(f"{i}.mp4") for i in range(4)], (None, 0.1), 4, first=10)
+    assert [request["id"] for request in made] == [10, 11, 12, 13]
+    assert [request["prompt_tokens"] for request in made] == [1566, 183, 1566, 183]
+    assert [request["retained_tokens"] for request in made] == [None, 153, None, 153]
+    assert len({request["clip"] for request in made}) == 4
+    with pytest.raises(ValueError, match="as many clips"):
+        plan.make_requests(TARGET, [Path("a")], (0.1,), 2)
+    with pytest.raises(ValueError, match="ratios"):
+        plan.make_requests(TARGET, [Path("a")], (), 1)
+
+
+def test_questions_have_one_length() -> None:
+    assert len({len(plan.question(i)) for i in (0, 9, 10, 9999)}) == 1
+
+
+def test_configurations() -> None:
+    names = [(config.name, config.ratios) for config in drive.configurations([0.4, 0.1])]
+    assert names == [
+        ("vanilla", (None,)),
+        ("SCORE 40%", (0.4,)),
+        ("SCORE 10%", (0.1,)),
+        ("SCORE mixed", (1.0, 0.4, 0.1)),
+    ]
+    assert len(drive.configurations([0.1])) == 2
+
+
+def spans(*entries: tuple[str, float, float]) -> list[Any]:
+    return [stage_split.Span(*entry) for entry in entries]
+
+
+WHOLE = (
+    ("download", 0.25, 0.5),
+    ("decode", 0.5, 1.0),
+    ("preprocess", 1.0, 1.25),
+    ("encode", 1.5, 2.5),
+    ("compress", 2.25, 2.5),
+    ("llm", 2.5, 3.0),
+    ("llm", 3.25, 3.5),
+)
+
+
+def test_stages_by_hand() -> None:
+    """Sent at 0, first token at 4. Gaps of 0.25 before downloading and encoding and between the two LLM steps."""
+    stages = stage_split.split(spans(*WHOLE), 0.0, 4.0, compressed=True)
+    assert stages == {
+        "download": 0.25,
+        "decode": 0.5,
+        "preprocess": 0.25,
+        "hand-over": 0.75,
+        "ViT": 0.75,
+        "compress": 0.25,
+        "LLM prefill": 0.75,
+        "first token": 0.5,
+    }
+    assert tuple(stages) == stage_split.STAGES
+    assert sum(stages.values()) == 4.0
+    plain = [entry for entry in WHOLE if entry[0] != "compress"]
+    assert stage_split.split(spans(*plain), 0.0, 4.0, compressed=False)["ViT"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("entries", "compressed", "message"),
+    [
+        (WHOLE, False, "unexpected stages"),
+        ([e for e in WHOLE if e[0] != "compress"], True, "'compress' must have one span"),
+        ([e for e in WHOLE if e[0] != "llm"], True, "'llm' has no span"),
+        ([*WHOLE, ("decode", 3.6, 3.7)], True, "'decode' must have one span"),
+        ([*WHOLE, ("llm", 3.6, 4.5)], True, "outside of the request"),
+        ([*WHOLE, ("llm", 2.9, 3.1)], True, "begins before"),
+        ([*[e for e in WHOLE if e[0] != "compress"], ("compress", 2.5, 2.6)], True, "is not inside"),
+    ],
+)
+def test_stages_that_cannot_be(entries: Any, compressed: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage_split.split(spans(*entries), 0.0, 4.0, compressed)
+
+
+def test_spans_are_read_once_and_only_whole_lines(tmp_path: Path) -> None:
+    reader = stage_split.SpanReader(tmp_path)
+    file = tmp_path / "spans-1.jsonl"
+    file.write_text('{"name": "llm", "start": 2, "end": 3}\n{"name": "de')
+    (tmp_path / "spans-2.jsonl").write_text('{"name": "decode", "start": 1, "end": 2}\n')
+    assert [span.name for span in reader.new()] == ["decode", "llm"]
+    assert reader.new() == []
+    with file.open("a") as more:
+        more.write('code", "start": 4, "end": 5}\n')
+    assert [span.start for span in reader.new()] == [4]
+
+
+@pytest.mark.parametrize("truth", [0, 8, 10, 62, 64, 66, 126, 640, 998, 1000])
+def test_the_longest_that_fits(truth: int) -> None:
+    tried: list[int] = []
+
+    def fits(frames: int) -> bool:
+        assert frames % 2 == 0
+        assert frames <= 1000
+        tried.append(frames)
+        return frames <= truth
+
+    assert longest_video.longest_that_fits(fits, 8, 1000) == truth
+    assert len(tried) == len(set(tried)) <= 18
+    if 0 < truth < 1000:
+        assert truth + 2 in tried, "the next longer one was refused, not guessed"
+
+
+def test_the_search_refuses_odd_bounds() -> None:
+    with pytest.raises(ValueError, match="even"):
+        longest_video.longest_that_fits(lambda _: True, 7, 100)
+
+
+def test_metrics_are_summed_over_engines() -> None:
+    page = """# HELP vllm:x text
+vllm:x_sum{engine="0",model_name="a b"} 1.5
+vllm:x_sum{engine="1",model_name="a b"} 2
+score_visual_tokens_total{kind="retained"} 7.0
+vllm:x_bucket{engine="0",le="+Inf"} 3
+process_open_fds 12"""
+    assert monitoring.parse_metrics(page) == {
+        "vllm:x_sum": 3.5,
+        'score_visual_tokens_total{kind="retained"}': 7.0,
+        'vllm:x_bucket{le="+Inf"}': 3.0,
+        "process_open_fds": 12.0,
+    }
+
+
+def test_memory_of_this_process_is_seen() -> None:
+    import os
+
+    before = monitoring.tree_rss(os.getpid())
+    block = np.ones(64 << 20, dtype=np.uint8)
+    assert monitoring.tree_rss(os.getpid()) - before > len(block) // 2
+
+
+def test_clips_are_seeded_distinct_and_read_whole(tmp_path: Path) -> None:
+    from score_vllm.video import decode_video
+
+    shape = clips.ClipShape(8, 112, 84)
+    first, second = clips.write_clips(tmp_path, shape, [0, 1])
+    assert first.read_bytes() != second.read_bytes()
+    content = first.read_bytes()
+    assert clips.write_clip(tmp_path / "again.mp4", shape, 0).read_bytes() == content
+    assert decode_video(content).frames.shape == (8, 112, 84, 3), "the sampling rule drops no frame"
+    assert shape.visual_tokens == 4 * 4 * 3
+    for bad in ((3, 112, 112), (5, 112, 112), (8, 20, 112), (8, 112, 57)):
+        with pytest.raises(ValueError, match="must be an even number"):
+            clips.ClipShape(*bad)
+
+
+def test_both_servers_run_without_caches(tmp_path: Path) -> None:
+    model = bench_model.BenchModel("model", "policy", "a model")
+    options = serving.ServerOptions(model, "float32", 4096, 2048, 16, tmp_path)
+    vanilla, score = (serving.command_line(kind, options, 1234) for kind in serving.KINDS)
+    for command in (vanilla, score):
+        assert command[command.index("--mm-processor-cache-gb") + 1] == "0"
+        assert "--no-enable-prefix-caching" in command
+        assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "score_vllm.server.cli" in score
+    assert not any("score_vllm" in word or word in ("--policy", "--retention") for word in vanilla)
+    with pytest.raises(ValueError, match="kind must be"):
+        serving.command_line("other", options, 1)
+
+
+def test_real_weights_need_a_policy() -> None:
+    with pytest.raises(ValueError, match="--policy is needed"):
+        bench_model.resolve_model("owner/name", None)
