@@ -95,6 +95,7 @@ def make_engine(settings: TrainSettings, accelerator: Any) -> FrozenVLM:
         getattr(torch, settings.model.dtype),
         accelerator.device,
         max_rollout_tokens=settings.rollout.max_rollout_tokens,
+        shard=settings.model.shard == "fsdp",
     )
 
 

@@ -26,7 +26,8 @@ class ModelSettings:
         path: directory or hub id of a Qwen2.5-VL; ``demo`` is the embedded one.
         dtype: of tower and language model.
         device: ``auto`` is a GPU where there is one (each process its own), else the CPU.
-        shard: ``fsdp`` spreads the language model's layers over the processes; ``none`` gives each a copy.
+        shard: ``fsdp`` spreads the language model's layers over the processes; ``none`` gives each a copy. Sharding
+            was run on CPU processes only, never on GPUs.
     """
 
     path: str = "demo"

@@ -15,6 +15,7 @@ from score_vllm.positions import VisualSpan, prompt_positions
 from score_vllm.train.decoder import answer_states, check_decoder
 from score_vllm.train.rollout import micro_batches
 from score_vllm.train.samples import BrokenSampleError, TrainingSample
+from score_vllm.train.sharding import Lockstep, shard_layers
 from score_vllm.types import VideoGrid
 
 VIDEO_PAD = "<|video_pad|>"
@@ -67,6 +68,9 @@ class Engine(Protocol):
 
     def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
+    def finish_step(self) -> None:
+        """Called by every process once its passes of a step are done."""
+
 
 class FrozenVLM:
     """A frozen Qwen2.5-VL through transformers. Positions follow serving: see :mod:`score_vllm.positions`.
@@ -76,6 +80,7 @@ class FrozenVLM:
         path: its directory or hub id, for tokenizer and processor.
         max_rollout_tokens: most tokens (padding included) that run through the language model at once. One
             sequence longer than this runs alone.
+        sharded: the layers are spread over processes, which then run forward passes together.
 
     Attributes:
         hidden_size: D.
@@ -86,7 +91,14 @@ class FrozenVLM:
         ValueError: not a Qwen2.5-VL, its attention is not plainly causal, or ``max_rollout_tokens`` < 1.
     """
 
-    def __init__(self, model: Any, path: str | Path, *, max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        path: str | Path,
+        *,
+        max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS,
+        sharded: bool = False,
+    ) -> None:
         from transformers import AutoProcessor
 
         if max_rollout_tokens < 1:
@@ -98,6 +110,7 @@ class FrozenVLM:
         self._tower = VisionTower(path, str(self.device), self.dtype, loaded=model)
         self.hidden_size: int = self._tower.hidden_size
         self.max_rollout_tokens = max_rollout_tokens
+        self._lockstep = Lockstep(self.device, self._empty_pass) if sharded else None
         self.identity = f"{path}:{self.dtype}:{_stamp(Path(path))}"
         processor: Any = AutoProcessor.from_pretrained(path)
         self._tokenizer = processor.tokenizer
@@ -114,6 +127,7 @@ class FrozenVLM:
         device: str | torch.device = "cpu",
         *,
         max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS,
+        shard: bool = False,
     ) -> FrozenVLM:
         """Load a checkpoint.
 
@@ -122,6 +136,7 @@ class FrozenVLM:
             dtype: of tower and language model.
             device: of both.
             max_rollout_tokens: see the class.
+            shard: spread the language model over the processes, see :mod:`score_vllm.train.sharding`.
 
         Raises:
             FileNotFoundError: neither a directory nor a reachable hub id.
@@ -131,7 +146,9 @@ class FrozenVLM:
 
         cls.config_of(path)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens)
+        if shard:
+            shard_layers(model.model.language_model, torch.device(device))
+        return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens, sharded=shard)
 
     @staticmethod
     def config_of(path: str | Path) -> Any:
@@ -220,10 +237,22 @@ class FrozenVLM:
             ValueError: no selection, or indices that are not ascending in [0, T * N).
         """
         self._check(encoded, kept)
-        with torch.inference_mode():
+        # Sharded weights are gathered into plain tensors, which inference mode would forbid.
+        with torch.no_grad() if self._lockstep else torch.inference_mode():
             ce = self._cross_entropy(encoded, kept)
         # A plain tensor: inference tensors may not meet autograd.
         return ce.clone()
+
+    def finish_step(self) -> None:
+        """Let other processes finish their forward passes; does nothing where each has the whole model."""
+        if self._lockstep:
+            with torch.no_grad():
+                self._lockstep.finish()
+
+    def _empty_pass(self) -> None:
+        rows = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        nowhere = torch.zeros(3, 1, 1, dtype=torch.int64, device=self.device)
+        answer_states(self.model.model.language_model, rows, nowhere, nowhere[0])
 
     def _cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         first, last = encoded.prefix.shape[0], encoded.prefix.shape[0] + encoded.num_tokens
@@ -239,6 +268,8 @@ class FrozenVLM:
             padded = torch.nn.utils.rnn.pad_sequence(
                 [sequences[i] for i in batch], batch_first=True, padding_value=rows.shape[0] - 1
             ).to(self.device)
+            if self._lockstep:
+                self._lockstep.before_pass()
             ends = torch.tensor([lengths[i] for i in batch], device=self.device)
             answers = ends[:, None] - target.shape[0] + torch.arange(target.shape[0], device=self.device)
             hidden = answer_states(self.model.model.language_model, rows[padded], positions[:, padded], answers)

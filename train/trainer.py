@@ -199,6 +199,7 @@ class Trainer:
             if result.problem:
                 problems += 1
                 self._problem = result.problem
+        self.engine.finish_step()
         flags = torch.tensor([problems, float(signal.received != 0)], dtype=torch.float64)
         # One exchange carries gradients, metrics and flags: every process takes the same decision at the same step.
         everything = self.accelerator.reduce(torch.cat([total, metrics.to(total), flags.to(total)]), "sum")

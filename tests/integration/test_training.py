@@ -353,6 +353,7 @@ def test_command_line_trains_a_policy_for_a_real_model(
         (["--stage", "finale"], ["finale", "warmup"]),
         (["--set", "model.path=nowhere/at/all"], ["model.path", "nowhere/at/all"]),
         (["--set", "policy.init=nowhere/at/all"], ["nowhere/at/all"]),
+        (["--set", "model.shard=fsdp"], ["model.shard", "torchrun"]),
         (["--set", 'stage.main.sources=[{kind="jsonl", path="no.jsonl"}]'], ["stage.main", "no.jsonl"]),
         (["--set", "tracking.tracker=wandb"], ["wandb", "pip install"]),
     ],
@@ -373,6 +374,35 @@ def test_command_line_errors_say_what_is_wrong(
         monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "wandb" else real(n, *a))
     config = tmp_path / "c.toml"
     config.write_text(CLI.format(output=tmp_path / "run", model=tiny_model))
-    assert main(["--config", str(config), "--check", *arguments]) == 2
+    check = [] if "fsdp" in arguments[1] else ["--check"]
+    assert main(["--config", str(config), *check, *arguments]) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_a_real_model_over_two_processes(tmp_path: Path, tiny_model: Path, shard: str) -> None:
+    """Sharded or whole, two processes give the losses of one; their caches and micro-batches differ in number."""
+    config = tmp_path / "c.toml"
+    config.write_text(CLI.format(output=tmp_path / "one", model=tiny_model))
+    common = ["--set", "tracking.tracker=none", "--set", "stage.steps=3", "--set", "rollout.max_rollout_tokens=1500"]
+    assert main(["--config", str(config), *common, "--set", "optimizer.samples_per_step=2"]) == 0
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = [
+        "--config",
+        str(config),
+        *common,
+        "--set",
+        f"output={tmp_path / 'two'}",
+        "--set",
+        f"model.shard={shard}",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, "-m", "score_vllm.train", *arguments], env=env, timeout=400, check=False)
+    assert done.returncode == 0
+    assert log_of(tmp_path / "two")[0]["processes"] == 2
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+    losses = [[s["ce"] for s in log_of(tmp_path / n) if s["event"] == "step"] for n in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)

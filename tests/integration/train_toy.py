@@ -94,6 +94,9 @@ class ToyEngine:
         missing = torch.stack([1 - important[k].sum() / IMPORTANT for k in kept])
         return 1 + 0.5 * missing
 
+    def finish_step(self) -> None:
+        """Nothing is shared."""
+
 
 class ToySource:
     """Eleven samples; those in ``broken`` cannot be read."""
