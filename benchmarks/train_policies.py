@@ -24,7 +24,7 @@ FAMILIES: dict[str, list[str]] = {
     "score": [],
     "no-residual": ["policy.use_residual=false"],
     # As many steps as the others' two stages together.
-    "pseudo-only": ["stage.warmup.steps=1000"],
+    "pseudo-only": ["stage.warmup.steps=1050"],
     "budget-matched": ["rollout.objective=budget-matched"],
 }
 
@@ -34,7 +34,9 @@ def command(family: str, seed: int, output: Path, extra: list[str]) -> list[str]
     call = [sys.executable, "-m", "score_vllm.train", "--config", str(CONFIG)]
     if family == "pseudo-only":
         call += ["--stage", "warmup"]
-    sets = [f"output={output}", f"seed={seed}", *FAMILIES[family], *extra]
+    # All families meet the same clips: encoded once, shared on disk.
+    shared = ["cache.kind=disk", f"cache.directory={output.parent / 'features'}", "cache.max_gib=4"]
+    sets = [f"output={output}", f"seed={seed}", *FAMILIES[family], *shared, *extra]
     return [*call, *(part for one in sets for part in ("--set", one))]
 
 

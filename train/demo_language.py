@@ -95,18 +95,16 @@ def encode_pool(tower: Any, split: str, count: int, first: int = 0) -> list[Clip
     return pool
 
 
-def keep(clip: Clip, mode: str, count: int, generator: torch.Generator) -> torch.Tensor:
+def keep(clip: Clip, count: int, lead: float, generator: torch.Generator) -> torch.Tensor:
     """Which tokens a training step shows, ascending.
 
     Args:
         clip: encoded.
-        mode: "random", or "things": those that show something first.
         count: of tokens kept.
+        lead: of tokens that show something over those that show the ground: 0 is a blind draw, 1 takes them first.
         generator: of the noise.
     """
-    noise = torch.rand(len(clip.x), generator=generator)
-    if mode == "things":
-        noise = noise + clip.shows.float() * 0.9
+    noise = torch.rand(len(clip.x), generator=generator) + clip.shows.float() * lead
     return noise.topk(min(count, len(noise))).indices.sort().values
 
 
@@ -235,13 +233,15 @@ def train_language(
             blocks = [draw_blocks(clip, words, rng, num_blocks) for clip in clips]
         total = len(clips[0].x)
         draw = rng.random()
-        if done < easy_share or draw < 0.25:
-            share = float(np.exp(rng.uniform(np.log(0.08), np.log(0.3))))
-            kept = [keep(clip, "things", int(share * total), generator) for clip in clips]
-        elif draw < 0.45:
+        if done < easy_share or draw < 0.35:
+            # From blind draws to things alone: whoever selects, the model has met the like.
+            low, high, lead = (0.08, 0.3, 0.9) if done < easy_share else (0.05, 0.5, float(rng.uniform(0, 1)))
+            count = int(np.exp(rng.uniform(np.log(low), np.log(high))) * total)
+            kept = [keep(clip, count, lead, generator) for clip in clips]
+        elif draw < 0.5:
             count = int(rng.uniform(0.3, 0.9) * total)
-            kept = [keep(clip, "random", count, generator) for clip in clips]
-        elif draw < 0.55:
+            kept = [keep(clip, count, 0.0, generator) for clip in clips]
+        elif draw < 0.6:
             stride = int(rng.integers(2, 4))
             cells = torch.arange(int(rng.integers(stride)), clips[0].num_cells, stride)
             kept = [(cells[:, None] * GRID * GRID + torch.arange(GRID * GRID)).flatten()] * len(clips)

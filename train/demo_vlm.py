@@ -82,6 +82,14 @@ def initialise_language(model: Any, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
+def load_language(model: Any, source: str) -> None:
+    """Weights of another run's language model, to go on from."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    other = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32).state_dict()
+    model.load_state_dict({k: v for k, v in other.items() if ".visual." not in k}, strict=False)
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Both stages; returns the record that is written beside the weights."""
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -110,12 +118,24 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             parameter.requires_grad_(False)
         # The tower that learns is the tower that will be served: bf16 weights.
         model.model.visual.bfloat16().float()
-        initialise_language(model, args.seed)
+        if args.language_from:
+            load_language(model, args.language_from)
+        else:
+            initialise_language(model, args.seed)
         words = Words(tokenizer)
-        pool = encode_pool(model.model.visual, "language", args.clips)
+        pool = encode_pool(model.model.visual, "language", args.clips, args.first_clip)
         held = encode_pool(model.model.visual, "validation", 64)
         train_language(
-            model, words, pool, held, args.language_steps, seed=args.seed, minutes=args.minutes, report=tqdm_print
+            model,
+            words,
+            pool,
+            held,
+            args.language_steps,
+            learning_rate=args.learning_rate,
+            easy_share=args.easy_share,
+            seed=args.seed,
+            minutes=args.minutes,
+            report=tqdm_print,
         )
         model.bfloat16()
         model.save_pretrained(staging)
@@ -125,7 +145,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             "vision_accuracy": seen,
             "validation_accuracy": final,
             "arguments": {
-                key: value for key, value in vars(args).items() if key not in ("output", "vision_from", "clip")
+                key: value
+                for key, value in vars(args).items()
+                if key not in ("output", "vision_from", "language_from", "clip")
             },
             "minutes": round((time.monotonic() - started) / 60, 1),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -152,6 +174,10 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, help="also write the demo's sample clip to this file")
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--vision-from", help="take the vision tower of this checkpoint instead of training one")
+    parser.add_argument("--language-from", help="go on from the language model of this checkpoint")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="of the second stage")
+    parser.add_argument("--easy-share", type=float, default=0.45, help="of the second stage: short sequences first")
+    parser.add_argument("--first-clip", type=int, default=0, help="of the second stage's clips")
     parser.add_argument("--language-steps", type=int, default=6000)
     parser.add_argument("--clips", type=int, default=4000, help="clips encoded for the second stage")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of the second stage, at most")
