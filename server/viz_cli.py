@@ -78,11 +78,10 @@ def run(args: argparse.Namespace) -> Path:
             f"--policy was made for hidden size {policy.config.hidden_size}, but the model has hidden size "
             f"{tower.hidden_size}"
         )
-    x, grid = tower.encode(video.frames)
+    x, grid, saliency = tower.encode_with_saliency(video.frames)
     selections: dict[str, TokenSelection] = {}
     for name in names:
-        label = f"{name} (norm stand-in)" if methods.get(name).needs_saliency else name
-        selections[label] = select_tokens(x, ratio, method=name, policy=policy if name == "score" else None)
+        selections[name] = select_tokens(x, ratio, name, policy if name == "score" else None, saliency)
     # Two frames share a temporal cell, and the last one may stand alone: one picture per cell at least.
     return draw(args.output, video.frames, grid, selections)
 

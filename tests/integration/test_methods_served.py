@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
+from score_vllm.features import VisionTower
 
 from .conftest import Engine, make_video
 from .oracle import VisualItem, greedy
@@ -107,6 +108,9 @@ def test_saliency_is_the_last_blocks_attention(
         expected[window_index[frame * per_frame // 4 : (frame + 1) * per_frame // 4]] = total / query.shape[1]
     torch.testing.assert_close(engine.saliency[0].flatten(), expected, atol=1e-5, rtol=1e-4)
     assert engine.saliency[0].sum(1) == pytest.approx([1.0] * t, abs=1e-5)
+    # Pictures and accuracy tables take it from transformers.
+    _, _, ours = VisionTower(tiny_model).encode_with_saliency(frames)
+    torch.testing.assert_close(ours.flatten(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["score", "evs"])
