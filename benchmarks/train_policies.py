@@ -24,7 +24,7 @@ FAMILIES: dict[str, list[str]] = {
     "score": [],
     "no-residual": ["policy.use_residual=false"],
     # As many steps as the others' two stages together.
-    "pseudo-only": ["stage.warmup.steps=1050"],
+    "pseudo-only": ["stage.warmup.steps=1150"],
     "budget-matched": ["rollout.objective=budget-matched"],
 }
 

@@ -27,7 +27,7 @@ def banner(args: argparse.Namespace) -> str:
         "model": args.served_model_name[0],
         "messages": [{"role": "user", "content": content}],
         "retention_ratio": args.retention,
-        "max_tokens": 32,
+        "max_tokens": 64,
     }
     curl = f"curl -s {base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     return f"\nscore-serve: ready at {base_url}/v1 - try:\n\n{curl}\n\n"
