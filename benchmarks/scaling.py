@@ -1,6 +1,6 @@
 """Cost against video length, vanilla and compressed: time, memory, and the longest video that fits.
 
-    python benchmarks/scaling.py                # 8 to 512 frames, about 8 minutes on two cores
+    python benchmarks/scaling.py                # 8 to 512 frames, meant to stay within 10 minutes on two quiet cores
     python benchmarks/scaling.py --quick
     python benchmarks/scaling.py --model Qwen/Qwen2.5-VL-7B-Instruct --policy DIR --dtype bfloat16 \\
         --frames 32,64,128,256,512,1024,2048 --fit-tokens 32768

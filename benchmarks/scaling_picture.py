@@ -16,8 +16,8 @@ def draw(rows: Sequence[dict[str, Any]], fit: Sequence[dict[str, Any]], ratio: f
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
 
+    lengths = sorted({row["frames"] for row in rows})
     labels = {"vanilla": "vanilla", "score": f"SCORE {ratio:.0%}"}
     figure, (time, memory, longest) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for name, colour in COLOURS.items():
@@ -33,7 +33,8 @@ def draw(rows: Sequence[dict[str, Any]], fit: Sequence[dict[str, Any]], ratio: f
     memory.set_title("peak memory above rest, MiB", fontsize=10)
     for ax in (time, memory):
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.set_xticks(lengths, [str(count) for count in lengths])
+        ax.tick_params(axis="x", which="minor", bottom=False)
         ax.set_xlabel("frames")
         ax.grid(alpha=0.25)
         ax.legend(fontsize=8)

@@ -1,6 +1,6 @@
 """Where the time to first token goes: one request at a time through the real servers, split into its stages.
 
-    python benchmarks/ttft_stages.py            # about 4 minutes on two cores
+    python benchmarks/ttft_stages.py            # meant to stay within 5 minutes on two quiet cores
     python benchmarks/ttft_stages.py --quick
     python benchmarks/ttft_stages.py --model Qwen/Qwen2.5-VL-7B-Instruct --policy DIR --dtype bfloat16 \\
         --frames 128 --server-args="--gpu-memory-utilization 0.45"     # two servers share the GPU

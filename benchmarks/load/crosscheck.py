@@ -1,6 +1,6 @@
 """The same load through vLLM's own ``bench serve`` and through our locust client, on the same servers.
 
-    python benchmarks/load/crosscheck.py        # about 3 minutes on two quiet cores
+    python benchmarks/load/crosscheck.py        # a few minutes on two quiet cores
     python benchmarks/load/crosscheck.py --quick
 
 Two clients that share no code should agree on throughput, TTFT and time per output token (TPOT). Inter-token latency is

@@ -1,6 +1,6 @@
 """Load test: vanilla vLLM and SCORE under the same arrivals, one server after the other. See README.md here.
 
-    python benchmarks/load/drive.py             # about 15 minutes on two quiet cores
+    python benchmarks/load/drive.py             # meant to stay within 20 minutes on two quiet cores
     python benchmarks/load/drive.py --quick
 
 For each configuration (vanilla, each ratio, and all ratios mixed) a server is started, checked against vanilla's

@@ -87,13 +87,15 @@ class VideoUser(HttpUser):
 
     def _stream(self, request: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
         ratio, tokens = request["retention_ratio"], common["max_tokens"]
-        body = chat_body(common["model"], video_url(request["clip"], common["media"]), request["text"], tokens, ratio)
         headers = {"Authorization": f"Bearer {common['api_key']}"} if common.get("api_key") else {}
         name = "vanilla" if ratio is None else f"ratio {ratio:g}"
         answer = Answer(time.monotonic())
         wrong: str | None = None
         limits = (10, common["timeout"])
         try:
+            url = video_url(request["clip"], common["media"])
+            body = chat_body(common["model"], url, request["text"], tokens, ratio)
+            answer.sent = time.monotonic()
             with self.client.post(
                 "/v1/chat/completions",
                 json=body,
@@ -114,7 +116,7 @@ class VideoUser(HttpUser):
                     wrong = answer.problem(tokens, request["prompt_tokens"], request["retained_tokens"])
                 if wrong is not None:
                     response.failure(wrong)
-        except Exception as error:  # a broken connection is a failed request, not the end of the user
+        except Exception as error:  # a broken connection or a lost clip is a failed request, not the end of the user
             wrong = wrong or repr(error)
         end = time.monotonic()
         gaps = answer.inter_token()

@@ -16,7 +16,6 @@ def draw_load(rows: Sequence[dict[str, Any]], title: str, results: Path) -> None
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
 
     def p(row: dict[str, Any], key: str, name: str) -> float:
         return float("nan") if row[key] is None else row[key][name]
@@ -27,13 +26,15 @@ def draw_load(rows: Sequence[dict[str, Any]], title: str, results: Path) -> None
         ("inter-token latency p50, ms", lambda row: p(row, "itl_ms", "p50")),
     )
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    users = sorted({row["concurrency"] for row in rows})
     names = list(dict.fromkeys(row["config"] for row in rows))
     for ax, (label, value) in zip(axes, panels, strict=True):
         for name, colour in zip(names, COLOURS * len(names), strict=False):
             own = [row for row in rows if row["config"] == name]
             ax.plot([row["concurrency"] for row in own], [value(row) for row in own], "o-", color=colour, label=name)
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.set_xticks(users, [str(count) for count in users])
+        ax.minorticks_off()
         ax.set_ylim(bottom=0)
         ax.set_xlabel("concurrent users")
         ax.set_title(label, fontsize=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -93,7 +92,7 @@ def run_locust(
         target: the server.
         requests: of :func:`make_requests`.
         concurrency: users at once, each with one request in flight.
-        folder: for the plan, the records and locust's log.
+        folder: for the plan, the records, locust's log and its own statistics (``locust.json``).
         max_tokens: generated per request.
         media: ``file`` (the server reads the clip) or ``data`` (it travels in the request).
         timeout: seconds without a byte after which a request has failed.
@@ -111,11 +110,15 @@ def run_locust(
     records.unlink(missing_ok=True)
     command = [sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless", "--host", target.url]
     command += ["-u", str(concurrency), "-r", "1000", "--plan", str(plan), "--records", str(records)]
-    command += ["--csv", str(folder / "locust"), "--stop-timeout", "60"]
+    # Its CSV files lack what came after the last interval; --json prints the final statistics.
+    command += ["--json", "--stop-timeout", "60"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with log.open("wb") as sink:
-        limit = 60 + timeout * len(requests)
-        done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, timeout=limit, env={**os.environ})
+    limit = 60 + timeout * len(requests)
+    with log.open("wb") as sink, (folder / "locust.json").open("wb") as statistics:
+        try:
+            done = subprocess.run(command, stdout=statistics, stderr=sink, timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"locust did not end within {limit:g} s (log: {log})") from error
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
     # 1 is locust's word for "some requests failed": the records say which.

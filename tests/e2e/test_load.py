@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .test_serve import ask, chat, data_url
 _path = list(sys.path)
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "load")]
 try:
+    import serving
     from aggregate import aggregate, by_ratio
     from clips import ClipShape, write_clips
     from monitoring import Monitor
@@ -40,7 +42,8 @@ def target(server: Server, tmp_path: Path) -> Target:
 def test_the_client_streams_mixed_ratios_without_a_failure(server: Server, target: Target, tmp_path: Path) -> None:
     clips = write_clips(tmp_path / "clips", SHAPE, range(6))
     requests = make_requests(target, clips, (1.0, 0.25, 0.1), 6)
-    with Monitor(server, interval=0.1) as monitor:
+    watched = serving.Server("score", server.url, server.log, server.process)
+    with Monitor(watched, interval=0.1) as monitor:
         records, cpu = run_locust(target, requests, 2, tmp_path / "run", max_tokens=5, media="data", timeout=120)
     assert [record["error"] for record in records] == [None] * 6
     assert sorted(record["id"] for record in records) == list(range(6))
@@ -52,8 +55,12 @@ def test_the_client_streams_mixed_ratios_without_a_failure(server: Server, targe
     assert cpu > 0
     assert monitor.peak_rss > 1 << 28
     # Locust's own statistics have the custom rows beside the misnamed one.
-    kinds = {line.split(",")[0] for line in (tmp_path / "run" / "locust_stats.csv").read_text().splitlines()}
-    assert {"TTFT", "ITL", "E2E", "POST"} <= kinds
+    statistics = json.loads((tmp_path / "run" / "locust.json").read_text())
+    requests_of = {(row["method"], row["name"]): row["num_requests"] for row in statistics}
+    for ratio in ("0.1", "0.25", "1"):
+        assert requests_of["POST", f"ratio {ratio} (headers)"] == 2
+        assert requests_of["TTFT", f"ratio {ratio}"] == requests_of["E2E", f"ratio {ratio}"] == 2
+        assert requests_of["ITL", f"ratio {ratio}"] == 8
 
 
 @needs_locust
@@ -68,6 +75,7 @@ def test_what_is_wrong_is_a_failure_and_not_a_number(target: Target, tmp_path: P
     errors = {record["id"]: record["error"] for record in records}
     assert "tokens instead of" in errors[0]
     assert "status 400" in errors[1]
+    assert "FileNotFoundError" in errors[2]
     assert errors[3] is None
     row = aggregate(records, 4)
     assert row["failures"] == 3
