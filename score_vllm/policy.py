@@ -121,6 +121,8 @@ class RetentionPolicy(torch.nn.Module):
         try:
             weights = {k: v.detach().cpu().float().contiguous() for k, v in self.state_dict().items()}
             save_file(weights, staging / WEIGHTS_NAME)
+            # safetensors writes for the owner alone; whoever serves the policy may be another user.
+            (staging / WEIGHTS_NAME).chmod(0o644)
             (staging / CONFIG_NAME).write_text(merged.to_json(), encoding="utf-8")
             staging.chmod(0o755)
             if target.exists():

@@ -139,6 +139,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         )
         model.bfloat16()
         model.save_pretrained(staging)
+        (staging / "model.safetensors").chmod(0o644)
         model.float()
         final = accuracy(model, words, encode_pool(model.model.visual, "validation", 200, first=1000))
         record = {

@@ -271,3 +271,8 @@ def test_ops_topk_and_gather_by_hand() -> None:
             reference.topk(scores, bad_k)
     with pytest.raises(ValueError, match="float32"):
         reference.topk(scores.double(), 1)
+
+
+def test_saved_policy_can_be_read_by_another_user(tmp_path: Path) -> None:
+    folder = RetentionPolicy(8).save_pretrained(tmp_path / "policy")
+    assert [oct(p.stat().st_mode & 0o777) for p in sorted(folder.iterdir())] == ["0o644", "0o644"]
