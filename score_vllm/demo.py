@@ -16,7 +16,7 @@ SEED = 20260323
 MODEL_FOLDER = "model"
 POLICY_FOLDER = "policy"
 # The sample clip is this one of the world's split "demo".
-CLIP_INDEX = 11
+CLIP_INDEX = 10
 
 # Qwen2's special tokens, in the order of its vocabulary.
 SPECIAL_TOKENS = (
