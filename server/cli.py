@@ -28,6 +28,7 @@ def banner(args: argparse.Namespace) -> str:
         "messages": [{"role": "user", "content": content}],
         "retention_ratio": args.retention,
         "max_tokens": 64,
+        "temperature": 0,
     }
     curl = f"curl -s {base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     return f"\nscore-serve: ready at {base_url}/v1 - try:\n\n{curl}\n\n"

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from score_vllm import methods, num_retained_tokens
+from score_vllm.demo import demo_clip, demo_model
 from score_vllm.video import decode_video
 
 openai = pytest.importorskip("openai")
@@ -80,14 +81,14 @@ def check_counts(answer: Any, ratio: float, method: str = "score") -> dict[str, 
 
 
 @pytest.mark.parametrize("name", SHARED_VIDEOS)
-def test_every_shared_video(name: str, server: Server, shared_videos: Path, cache: Path) -> None:
+def test_every_shared_video(name: str, server: Server, shared_videos: Path) -> None:
     """HTTP 200 with the exact count, and the grid that transformers' own processor gives those frames."""
     import torch
     from transformers import AutoProcessor
 
     path = shared_videos / name
     decoded = decode_video(path.read_bytes())
-    model = next(cache.glob("demo-*/model"))
+    model = demo_model()
     frames = torch.from_numpy(decoded.frames).permute(0, 3, 1, 2)
     grid = AutoProcessor.from_pretrained(model).video_processor([frames], return_tensors="pt")["video_grid_thw"][0]
     prompt_tokens = {}
@@ -105,19 +106,19 @@ def test_clips_made_here(name: str, server: Server, clips: dict[str, Path]) -> N
         check_counts(chat(server, ask(data_url(clips[name])), retention_ratio=ratio), ratio)
 
 
-def test_readme_example(server: Server, shared_videos: Path, tmp_path: Path) -> None:
-    """The README's client code, as printed, about the clip that it shows the counts of."""
+def test_readme_example(server: Server, tmp_path: Path) -> None:
+    """The README's client code, as printed, gives what is printed below it."""
     readme = (ROOT / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI(" in block)
-    shown = re.search(r"```\n(\{'method': .*?\})\n```", readme)
+    shown = re.search(r"```\n([^`]*\n\{'method': .*?\})\n```", readme)
     assert shown is not None
-    shutil.copy(shared_videos / "nasa_13013.mp4", tmp_path / "clip.mp4")
+    shutil.copy(demo_clip(), tmp_path / "clip.mp4")
     for printed, here in (("http://127.0.0.1:8000", server.url), ('api_key="none"', f'api_key="{API_KEY}"')):
         assert printed in code
         code = code.replace(printed, here)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().splitlines()[-1] == shown.group(1)
+    assert done.stdout.rstrip() == shown.group(1)
 
 
 def test_default_ratio_and_file_url(server: Server) -> None:
