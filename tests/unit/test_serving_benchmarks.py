@@ -318,3 +318,33 @@ def test_both_servers_run_without_caches(tmp_path: Path) -> None:
 def test_real_weights_need_a_policy() -> None:
     with pytest.raises(ValueError, match="--policy is needed"):
         bench_model.resolve_model("owner/name", None)
+
+
+KILLED_DRIVER = """
+import subprocess, sys, time
+sys.path.append({benchmarks!r})
+import serving
+serving.end_tidily_when_terminated()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+try:
+    print(child.pid, flush=True)
+    time.sleep(600)
+finally:
+    serving.stop(child)
+"""
+
+
+def test_a_terminated_driver_ends_its_server() -> None:
+    import subprocess
+
+    import psutil
+
+    code = KILLED_DRIVER.format(benchmarks=str(BENCHMARKS))
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    child = int(driver.stdout.readline())
+    assert psutil.pid_exists(child)
+    driver.terminate()
+    assert driver.wait(60) == 143
+    driver.stdout.close()
+    assert not psutil.pid_exists(child)
