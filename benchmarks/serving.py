@@ -175,6 +175,7 @@ def running(kind: str, options: ServerOptions, folder: Path, seconds: float = 12
     Raises:
         RuntimeError: it ended, or was not ready in time; the log's end and its path are in the message.
     """
+    end_tidily_when_terminated()
     port = free_port()
     log = folder / f"{kind}-{port}.log"
     plugin_folder = Path(tempfile.mkdtemp(prefix="score-bench-"))
@@ -213,6 +214,12 @@ def _wait_ready(server: Server, seconds: float) -> None:
     raise RuntimeError(
         f"the {server.kind} server was not ready in {seconds:g} s (log: {server.log}):\n{_tail(server.log)}"
     )
+
+
+def end_tidily_when_terminated() -> None:
+    """Make SIGTERM unwind the main thread like Ctrl-C does, so that no server outlives its benchmark."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -15,13 +15,9 @@ _path = list(sys.path)
 sys.path += [str(BENCHMARKS), str(BENCHMARKS / "load")]
 try:
     import aggregate
-    import bench_model
-    import clips
     import drive
     import longest_video
-    import monitoring
     import plan
-    import serving
     import stage_split
     import streaming
 finally:
@@ -261,60 +257,3 @@ def test_the_longest_that_fits(truth: int) -> None:
 def test_the_search_refuses_odd_bounds() -> None:
     with pytest.raises(ValueError, match="even"):
         longest_video.longest_that_fits(lambda _: True, 7, 100)
-
-
-def test_metrics_are_summed_over_engines() -> None:
-    page = """# HELP vllm:x text
-vllm:x_sum{engine="0",model_name="a b"} 1.5
-vllm:x_sum{engine="1",model_name="a b"} 2
-score_visual_tokens_total{kind="retained"} 7.0
-vllm:x_bucket{engine="0",le="+Inf"} 3
-process_open_fds 12"""
-    assert monitoring.parse_metrics(page) == {
-        "vllm:x_sum": 3.5,
-        'score_visual_tokens_total{kind="retained"}': 7.0,
-        'vllm:x_bucket{le="+Inf"}': 3.0,
-        "process_open_fds": 12.0,
-    }
-
-
-def test_memory_of_this_process_is_seen() -> None:
-    import os
-
-    before = monitoring.tree_rss(os.getpid())
-    block = np.ones(64 << 20, dtype=np.uint8)
-    assert monitoring.tree_rss(os.getpid()) - before > len(block) // 2
-
-
-def test_clips_are_seeded_distinct_and_read_whole(tmp_path: Path) -> None:
-    from score_vllm.video import decode_video
-
-    shape = clips.ClipShape(8, 112, 84)
-    first, second = clips.write_clips(tmp_path, shape, [0, 1])
-    assert first.read_bytes() != second.read_bytes()
-    content = first.read_bytes()
-    assert clips.write_clip(tmp_path / "again.mp4", shape, 0).read_bytes() == content
-    assert decode_video(content).frames.shape == (8, 112, 84, 3), "the sampling rule drops no frame"
-    assert shape.visual_tokens == 4 * 4 * 3
-    for bad in ((3, 112, 112), (5, 112, 112), (8, 20, 112), (8, 112, 57)):
-        with pytest.raises(ValueError, match="must be an even number"):
-            clips.ClipShape(*bad)
-
-
-def test_both_servers_run_without_caches(tmp_path: Path) -> None:
-    model = bench_model.BenchModel("model", "policy", "a model")
-    options = serving.ServerOptions(model, "float32", 4096, 2048, 16, tmp_path)
-    vanilla, score = (serving.command_line(kind, options, 1234) for kind in serving.KINDS)
-    for command in (vanilla, score):
-        assert command[command.index("--mm-processor-cache-gb") + 1] == "0"
-        assert "--no-enable-prefix-caching" in command
-        assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert "score_vllm.server.cli" in score
-    assert not any("score_vllm" in word or word in ("--policy", "--retention") for word in vanilla)
-    with pytest.raises(ValueError, match="kind must be"):
-        serving.command_line("other", options, 1)
-
-
-def test_real_weights_need_a_policy() -> None:
-    with pytest.raises(ValueError, match="--policy is needed"):
-        bench_model.resolve_model("owner/name", None)
