@@ -51,7 +51,8 @@ def picture(document: dict[str, Any], digest: str) -> bytes:
     figure = Figure(figsize=(8, 5), dpi=90, layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(100 * vanilla, color="black", linewidth=1, linestyle=":", label="vanilla (all tokens)")
-    for name in dict.fromkeys(row["method"] for row in rows if row["method"] != "vanilla"):
+    names = dict.fromkeys(row["method"] for row in rows if row["method"] != "vanilla")
+    for number, name in enumerate(names):
         mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["retention_ratio"])
         ours = bool(mine[0]["seeds"])
         axes.errorbar(
@@ -59,6 +60,7 @@ def picture(document: dict[str, Any], digest: str) -> bytes:
             [100 * row["accuracy"] for row in mine],
             yerr=[100 * (row["spread"] or 0) for row in mine],
             label=name,
+            color="black" if name == "score" else f"C{number % 10}",
             marker="o" if ours else "x",
             linewidth=2.5 if name == "score" else 1.2,
             linestyle="-" if ours else "--",
