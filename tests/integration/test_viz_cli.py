@@ -63,5 +63,5 @@ def test_mistakes_are_one_sentence(argv: list[str], message: str, clips: dict[st
 
 def test_policy_of_another_size(clips: dict[str, Path], tmp_path: Path) -> None:
     RetentionPolicy(64).save_pretrained(tmp_path / "p")
-    with pytest.raises(SystemExit, match=r"hidden size 64, but the model has hidden size 128"):
+    with pytest.raises(SystemExit, match=r"hidden size 64, but the model has hidden size 192"):
         viz_cli.main([str(clips["plain"]), "--policy", str(tmp_path / "p"), "-o", str(tmp_path / "x.png")])
