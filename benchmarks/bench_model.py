@@ -92,10 +92,13 @@ def ensure_bench_model() -> tuple[Path, Path]:
     """
     from filelock import FileLock
 
-    from score_vllm.demo import _recipe_digest, build_model, cache_directory
+    from score_vllm import demo
+    from score_vllm.demo import build_model, cache_directory
     from score_vllm.policy import RetentionPolicy
 
-    recipe = json.dumps([SEED, TEXT_CONFIG, VISION_CONFIG, _recipe_digest()], sort_keys=True)
+    # What build_model adds: another recipe is another folder of the cache.
+    rest = [demo.SPECIAL_TOKENS, demo.CHAT_TEMPLATE, demo.TEXT_CONFIG, demo.VISION_CONFIG, demo.PIXELS]
+    recipe = json.dumps([SEED, TEXT_CONFIG, VISION_CONFIG, *rest], sort_keys=True)
     root = cache_directory()
     root.mkdir(parents=True, exist_ok=True)
     home = root / f"bench-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"

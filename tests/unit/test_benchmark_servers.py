@@ -104,3 +104,15 @@ def test_a_terminated_driver_ends_its_server() -> None:
     assert driver.wait(60) == 143
     driver.stdout.close()
     assert not psutil.pid_exists(child)
+
+
+def test_bench_model_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    monkeypatch.setenv("SCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(bench_model, "TEXT_CONFIG", {**bench_model.TEXT_CONFIG, **small})
+    monkeypatch.setattr(bench_model, "VISION_CONFIG", {**bench_model.VISION_CONFIG, "depth": 1, "out_hidden_size": 64})
+    model, policy = bench_model.ensure_bench_model()
+    stamp = (model / "model.safetensors").stat().st_mtime_ns
+    assert (policy / "policy.safetensors").is_file()
+    assert bench_model.ensure_bench_model() == (model, policy)
+    assert (model / "model.safetensors").stat().st_mtime_ns == stamp
