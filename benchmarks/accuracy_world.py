@@ -27,16 +27,13 @@ from tqdm import tqdm
 
 from score_vllm import RetentionPolicy, VideoGrid, select_tokens
 from score_vllm.features import VisionTower
-from score_vllm.positions import position_extent, video_offsets
-from score_vllm.train.demo_language import T_FACTOR, Words
+from score_vllm.train.demo_language import Words, forward
 from score_vllm.train.demo_vision import through_codec
-from score_vllm.train.question_blocks import block_logits, blocks_right, pack_blocks
+from score_vllm.train.question_blocks import blocks_right
 from score_vllm.train.world import make_clip
 from score_vllm.train.world_render import render
 
 METHODS = ("random", "uniform", "evs", "vidcom2", "fastvid", "holitom", "dycoke")
-# Families of trained policies, as folders NAME-SEED; the first is what is served.
-FAMILIES = ("score", "no-residual", "pseudo-only", "budget-matched")
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,6 @@ def answer(
     right: list[list[bool]] = []
     losses: list[float] = []
     kept = total = 0
-    embed = model.model.language_model.embed_tokens
     for start in range(0, len(clips), batch):
         group = clips[start : start + batch]
         rows, indices = [], []
@@ -121,20 +117,10 @@ def answer(
             kept += len(rows[-1])
             total += len(flat)
         grid = group[0].grid
-        offsets = video_offsets(grid, T_FACTOR)
         for width in sorted({len(clip.questions) for clip in group}):
             mine = [i for i, clip in enumerate(group) if len(clip.questions) == width]
             blocks = [[words.block(text, reply) for _, text, reply in group[i].questions] for i in mine]
-            packed = pack_blocks(
-                embed,
-                words.prefix,
-                words.suffix,
-                torch.stack([rows[i] for i in mine]),
-                torch.stack([offsets[indices[i]] for i in mine]),
-                position_extent(grid, T_FACTOR),
-                blocks,
-            )
-            logits = block_logits(model, packed)
+            logits, packed = forward(model, words, grid, [rows[i] for i in mine], [indices[i] for i in mine], blocks)
             ok = blocks_right(logits, packed).view(len(mine), width).tolist()
             loss = torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none")
             owner = packed.owners // width

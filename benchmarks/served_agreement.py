@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,14 +24,14 @@ from typing import Any
 
 import torch
 from harness import RESULTS, table, write_results
+from serving import free_port, stop
 from tqdm import tqdm
 
 from score_vllm import RetentionPolicy, select_tokens
 from score_vllm.demo import ensure_demo
 from score_vllm.features import VisionTower
-from score_vllm.positions import position_extent, video_offsets
-from score_vllm.train.demo_language import T_FACTOR, Words
-from score_vllm.train.question_blocks import block_logits, blocks_right, pack_blocks
+from score_vllm.train.demo_language import Words, forward
+from score_vllm.train.question_blocks import blocks_right
 from score_vllm.train.world import make_clip
 from score_vllm.train.world_render import render, write_clip
 from score_vllm.video import decode_video
@@ -46,9 +44,7 @@ def served(model: str, media: Path, log: Path) -> Iterator[str]:
     Raises:
         RuntimeError: it ended, or was not ready within four minutes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).parent / "score-serve"), "--model", model, "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--allowed-local-media-path", str(media)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -66,8 +62,7 @@ def served(model: str, media: Path, log: Path) -> Iterator[str]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        stop(process)
 
 
 def ask(url: str, clip: Path, question: str, ratio: float) -> tuple[str, dict[str, Any]]:
@@ -112,17 +107,10 @@ def main() -> None:
                     made = select_tokens(x, ratio, "score", policy)
                     if kept["retained_tokens"] != made.num_retained or kept["grid"] != [grid.t, grid.h, grid.w]:
                         raise SystemExit(f"clip {index}: served {kept}, expected {made.num_retained} of {grid}")
-                    packed = pack_blocks(
-                        model.model.language_model.embed_tokens,
-                        words.prefix,
-                        words.suffix,
-                        made.embeddings[None],
-                        video_offsets(grid, T_FACTOR)[made.indices][None],
-                        position_extent(grid, T_FACTOR),
-                        [[words.block(asked[0].text, text)]],
-                    )
+                    blocks = [[words.block(asked[0].text, text)]]
                     with torch.inference_mode():
-                        counts[ratio]["agree"] += int(blocks_right(block_logits(model, packed), packed)[0])
+                        logits, packed = forward(model, words, grid, [made.embeddings], [made.indices], blocks)
+                    counts[ratio]["agree"] += int(blocks_right(logits, packed)[0])
                     counts[ratio]["right"] += text == asked[0].answer
                 clip.unlink()
     rows = [{"retention_ratio": ratio, "clips": args.clips, **counts[ratio]} for ratio in ratios]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from score_vllm.positions import position_extent, video_offsets
 from score_vllm.train.demo_vision import GRID, TOKEN, pixel_rows, through_codec
 from score_vllm.train.equal_windows import batch_equal_windows
-from score_vllm.train.question_blocks import Block, block_logits, blocks_right, pack_blocks
+from score_vllm.train.question_blocks import Block, PackedBatch, block_logits, blocks_right, pack_blocks
 from score_vllm.train.world import (
     CAPTION_PROMPTS,
     FPS,
@@ -128,19 +128,33 @@ T_FACTOR = 2 / FPS * 2
 
 
 def forward(
-    model: Any, words: Words, clips: Sequence[Clip], kept: Sequence[torch.Tensor], blocks: Sequence[Sequence[Block]]
-) -> Any:
-    """Pack clips of one length with their blocks: (logits [L, V], packed)."""
-    grid = grid_of(clips[0])
+    model: Any,
+    words: Words,
+    grid: VideoGrid,
+    rows: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    blocks: Sequence[Sequence[Block]],
+) -> tuple[torch.Tensor, PackedBatch]:
+    """Ask questions about clips of one grid, each seen through its kept tokens.
+
+    Args:
+        model: the demo model, or one trained like it.
+        words: of its tokenizer.
+        grid: of every clip.
+        rows: B kept tokens [K, D] each.
+        indices: B flat indices [K] int64 each, where those stand in the clip.
+        blocks: B lists of as many questions.
+
+    Returns:
+        ``(logits, packed)``: logits [L, V] of every target token.
+    """
     offsets = video_offsets(grid, T_FACTOR)
-    x = torch.stack([clip.x[k] for clip, k in zip(clips, kept, strict=True)]).float()
-    placed = torch.stack([offsets[k] for k in kept])
     packed = pack_blocks(
         model.model.language_model.embed_tokens,
         words.prefix,
         words.suffix,
-        x,
-        placed,
+        torch.stack(list(rows)),
+        torch.stack([offsets[kept] for kept in indices]),
         position_extent(grid, T_FACTOR),
         blocks,
     )
@@ -159,14 +173,15 @@ def accuracy(
         asked = questions(clip.scene, np.random.default_rng([seed, i]))[:num_questions]
         blocks = [words.block(q.text, q.answer) for q in asked]
         with torch.autocast("cpu", torch.bfloat16):
-            logits, packed = forward(model, words, [clip], [torch.arange(len(clip.x))], [blocks])
+            everything = torch.arange(len(clip.x))
+            logits, packed = forward(model, words, grid_of(clip), [clip.x.float()], [everything], [blocks])
         for q, ok in zip(asked, blocks_right(logits, packed).tolist(), strict=True):
             right.setdefault(q.kind, []).append(ok)
-    everything = [ok for values in right.values() for ok in values]
+    all_right = [ok for values in right.values() for ok in values]
     return {
         **{kind: float(np.mean(v)) for kind, v in sorted(right.items())},
-        "all": float(np.mean(everything)),
-        "n": len(everything),
+        "all": float(np.mean(all_right)),
+        "n": len(all_right),
     }
 
 
@@ -225,8 +240,8 @@ def train_language(
                 learning_rate * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
             )
         if step % 10 == 9 and lengths:
-            rows = pseudo[lengths[int(rng.integers(len(lengths)))]]
-            clips = [pool[i] for i in rng.choice(rows, batch)]
+            numbers = pseudo[lengths[int(rng.integers(len(lengths)))]]
+            clips = [pool[i] for i in rng.choice(numbers, batch)]
             blocks = [draw_blocks(clip, words, rng, 1) for clip in clips]
         else:
             clips = [pool[i] for i in rng.choice(real, batch)]
@@ -248,7 +263,8 @@ def train_language(
         else:
             kept = [torch.arange(total)] * len(clips)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, packed = forward(model, words, clips, kept, blocks)
+            rows = [clip.x[k].float() for clip, k in zip(clips, kept, strict=True)]
+            logits, packed = forward(model, words, grid_of(clips[0]), rows, kept, blocks)
         loss = torch.nn.functional.cross_entropy(logits.float(), packed.targets)
         optimiser.zero_grad()
         loss.backward()

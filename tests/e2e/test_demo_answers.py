@@ -39,9 +39,7 @@ def test_served_answers_are_the_transformers_paths(server: Any) -> None:
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     from score_vllm.features import VisionTower
-    from score_vllm.positions import position_extent, video_offsets
-    from score_vllm.train.demo_language import T_FACTOR, Words
-    from score_vllm.train.question_blocks import block_logits, pack_blocks
+    from score_vllm.train.demo_language import Words, forward
     from score_vllm.train.world import make_clip
     from score_vllm.train.world_render import render, write_clip
     from score_vllm.video import decode_video
@@ -58,17 +56,9 @@ def test_served_answers_are_the_transformers_paths(server: Any) -> None:
         x, grid = tower.encode(decode_video(clip.read_bytes()).frames)
         made = select_tokens(x, 0.1, policy=policy)
         text = ask(server, clip, asked[0].text, 0.1)
-        packed = pack_blocks(
-            model.model.language_model.embed_tokens,
-            words.prefix,
-            words.suffix,
-            made.embeddings[None],
-            video_offsets(grid, T_FACTOR)[made.indices][None],
-            position_extent(grid, T_FACTOR),
-            [[words.block(asked[0].text, text)]],
-        )
+        blocks = [[words.block(asked[0].text, text)]]
         with torch.no_grad():
-            logits = block_logits(model, packed)
+            logits, packed = forward(model, words, grid, [made.embeddings], [made.indices], blocks)
         best = logits.topk(2).values
         if bool((best[:, 0] - best[:, 1] > 1.0).all()):
             sure += 1

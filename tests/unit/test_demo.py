@@ -60,9 +60,8 @@ def test_demo_answers_about_its_clip() -> None:
 
     from score_vllm import select_tokens
     from score_vllm.features import VisionTower
-    from score_vllm.positions import position_extent, video_offsets
-    from score_vllm.train.demo_language import T_FACTOR, Words
-    from score_vllm.train.question_blocks import block_logits, blocks_right, pack_blocks
+    from score_vllm.train.demo_language import Words, forward
+    from score_vllm.train.question_blocks import blocks_right
     from score_vllm.train.world import make_clip
     from score_vllm.video import decode_video
 
@@ -76,18 +75,9 @@ def test_demo_answers_about_its_clip() -> None:
     blocks = [words.block(question.text, question.answer) for question in asked]
     for ratio in (1.0, 0.1):
         made = select_tokens(x, ratio, policy=RetentionPolicy.from_pretrained(policy_dir))
-        offsets = video_offsets(grid, T_FACTOR)[made.indices]
-        packed = pack_blocks(
-            model.model.language_model.embed_tokens,
-            words.prefix,
-            words.suffix,
-            made.embeddings[None],
-            offsets[None],
-            position_extent(grid, T_FACTOR),
-            [blocks],
-        )
         with torch.no_grad():
-            right = blocks_right(block_logits(model, packed), packed).tolist()
+            logits, packed = forward(model, words, grid, [made.embeddings], [made.indices], [blocks])
+        right = blocks_right(logits, packed).tolist()
         assert all(right), [question for question, ok in zip(asked, right, strict=True) if not ok]
 
 
