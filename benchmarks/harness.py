@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
+# Flags of /proc/cpuinfo, the widest instructions first.
+WIDEST = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
 # Before this process adds its own load.
 LOAD_AT_START = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
@@ -131,10 +133,12 @@ def machine_name() -> str:
     """GPU and CPU in words, with the number of cores that this process may use."""
     cpu = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
+        about = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
+        cpu = about.get("model name", cpu).strip(": \t")
+        flags = about.get("flags", "").split()
+        # Virtual machines hide the model behind one name; what the cores can do tells them apart.
+        widest = [name for flag, name in WIDEST if flag in flags][:1]
+        cpu = " with ".join([cpu, *widest])
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

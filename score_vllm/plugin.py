@@ -6,6 +6,8 @@ from __future__ import annotations
 ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": "score_vllm.models.qwen2_5_vl:ScoreQwen2_5_VLForConditionalGeneration",
 }
+# For vLLM's --ec-manager-config.
+ENCODER_CACHE_MANAGER = "score_vllm.models.encoder_budget.EncodedTokensCacheManager"
 
 _registered = False
 

@@ -197,6 +197,14 @@ def apply_media_options(args: argparse.Namespace) -> None:
         args.limit_mm_per_prompt = {**args.limit_mm_per_prompt, "video": MAX_VIDEOS_PER_PROMPT}
 
 
+def apply_scheduler_options(args: argparse.Namespace) -> None:
+    """The scheduler charges videos by what is encoded, unless the operator names an encoder cache manager."""
+    from vllm.config import EncoderCacheManagerConfig
+
+    if args.ec_manager_config.encoder_cache_manager_cls is None:
+        args.ec_manager_config = EncoderCacheManagerConfig(encoder_cache_manager_cls=plugin.ENCODER_CACHE_MANAGER)
+
+
 def apply_demo_defaults(args: argparse.Namespace, model: ResolvedModel) -> None:
     """The demo starts in seconds on a small machine, and may read its own sample clip."""
     assert model.demo_clip is not None
@@ -253,5 +261,6 @@ def configure(args: argparse.Namespace) -> str | None:
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
     args.worker_extension_cls = WORKER_EXTENSION
     apply_media_options(args)
+    apply_scheduler_options(args)
     args.score_clip = model.demo_clip
     return warning

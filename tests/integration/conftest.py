@@ -21,6 +21,7 @@ import torch
 
 from score_vllm import methods
 from score_vllm.config import ServingConfig
+from score_vllm.plugin import ENCODER_CACHE_MANAGER
 
 # Every request is cut into chunks of this many tokens, so boundaries fall inside videos all the time.
 CHUNK = 16
@@ -48,6 +49,7 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
     """A compressed engine in fp32 with tiny prefill chunks and prefix caching."""
     pytest.importorskip("vllm")
     from vllm import LLM
+    from vllm.config import EncoderCacheManagerConfig
 
     others = tuple(name for name in methods.names() if name != "score")
     serving = ServingConfig(0.1, "score", allowed_methods=others, policy=str(tiny_policy))
@@ -62,6 +64,8 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
         enable_prefix_caching=True,
         block_size=32,
         max_logprobs=-1,
+        # As score-serve starts its engine.
+        ec_manager_config=EncoderCacheManagerConfig(encoder_cache_manager_cls=ENCODER_CACHE_MANAGER),
         seed=0,
     )
     made = Engine(llm)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from score_vllm import RetentionPolicy
+from score_vllm import RetentionPolicy, plugin
 from score_vllm.server import arguments, cli, options
 
 
@@ -40,6 +40,15 @@ def test_demo(parser: Any) -> None:
     assert args.served_model_name == ["demo"]
     assert args.media_io_kwargs["video"]["video_backend"] == "score_pyav"
     assert args.media_io_kwargs["video"]["num_frames"] == 128
+
+
+def test_videos_are_charged_by_what_is_encoded_unless_the_operator_says_otherwise(parser: Any) -> None:
+    args, _ = configure(parser, "--model", "demo")
+    assert args.ec_manager_config.encoder_cache_manager_cls == plugin.ENCODER_CACHE_MANAGER
+    assert args.ec_manager_config.get_encoder_cache_manager_obj().__name__ == "EncodedTokensCacheManager"
+    own = json.dumps({"encoder_cache_manager_cls": "vllm.v1.core.encoder_cache_manager.EncoderCacheManager"})
+    args, _ = configure(parser, "--model", "demo", "--ec-manager-config", own)
+    assert args.ec_manager_config.get_encoder_cache_manager_obj().__name__ == "EncoderCacheManager"
 
 
 def test_defaults_are_the_documented_ones(parser: Any) -> None:
