@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# Ignored by git: what is no result must not stand among the results.
+RUNS = RESULTS.parents[1] / "runs"
 SCHEMA = 1
 # Flags of /proc/cpuinfo, the widest instructions first.
 WIDEST = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
@@ -227,6 +229,17 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]], **facts: Any) -> N
     """
     document = check_results({"schema": SCHEMA, "environment": environment(), **facts, "rows": list(rows)})
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def default_output(benchmark: str, model: str, quick: bool) -> Path:
+    """Where results go unless the caller says otherwise: among the results, or aside for a ``--quick`` run.
+
+    Args:
+        benchmark: name of the script.
+        model: as given to ``--model``; of a path or hub id the last part counts.
+        quick: the run only shows that everything works.
+    """
+    return (RUNS if quick else RESULTS) / f"{benchmark}_{Path(model).name}.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

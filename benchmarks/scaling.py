@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from bench_model import BenchModel, add_arguments, resolve_model
 from clips import ClipShape
 from engine_process import Worker, workers
-from harness import RESULTS, Sample, machine_name, table, write_results
+from harness import Sample, default_output, machine_name, table, write_results
 from longest_video import Prober, longest_that_fits
 
 NAMES = ("vanilla", "score")
@@ -189,7 +189,7 @@ def main() -> None:
     fit = find_longest(setups, folder, per_pair, args)
 
     print_rows(rows, fit)
-    output = args.output or RESULTS / f"scaling_{Path(args.model).name}{'_quick' if args.quick else ''}.json"
+    output = args.output or default_output("scaling", args.model, args.quick)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
     facts = {"model": model.description, "text_tokens": text, "visual_tokens_per_pair": per_pair, "fit": fit}
     write_results(output, rows, benchmark="scaling", arguments=arguments, **facts)

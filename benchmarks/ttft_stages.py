@@ -6,10 +6,12 @@
         --frames 128 --server-args="--gpu-memory-utilization 0.45"     # two servers share the GPU
 
 A vanilla server and a compressed one run side by side; rows take turns, each repeat sends a clip that no server has
-seen, and every cache is off. The client fetches nothing: the server downloads each clip over HTTP (from the loopback,
-so a real network adds its own), decodes, preprocesses, encodes, selects, prefills. Stop-watches stand at the doors
-between those stages, inside the servers (inserver/score_bench_plugin.py); what lies between the doors is "hand-over".
-vLLM's own queue, prefill and TTFT metrics and ``score_compressor_seconds`` of the same requests stand beside them.
+seen, and every cache is off. Half-way both are started anew in the other order: of two servers on one machine, the one
+started second was seen to be slower by some per cent, whichever it was. The client fetches nothing: the server
+downloads each clip over HTTP (from the loopback, so a real network adds its own), decodes, preprocesses, encodes,
+selects, prefills. Stop-watches stand at the doors between those stages, inside the servers
+(inserver/score_bench_plugin.py); what lies between the doors is "hand-over". vLLM's own queue, prefill and TTFT metrics
+and ``score_compressor_seconds`` of the same requests stand beside them.
 
 Before anything is timed: answers at ratio 1 must equal vanilla's, and every prompt must have exactly its tokens.
 """
@@ -17,6 +19,7 @@ Before anything is timed: answers at ratio 1 must equal vanilla's, and every pro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import itertools
 import json
@@ -27,6 +30,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +39,8 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parent))
 from bench_model import add_arguments, resolve_model
 from clips import ClipShape, write_clips
-from harness import RESULTS, Sample, machine_name, table, write_results
-from serving import SERVED_NAME, Server, ServerOptions, file_server, running
+from harness import Sample, default_output, machine_name, table, write_results
+from serving import KINDS, SERVED_NAME, Server, ServerOptions, file_server, running
 from stage_split import STAGES, SpanReader, split
 from streaming import Answer, chat_body
 
@@ -176,6 +180,27 @@ def measure(
     return runs
 
 
+def start_and_measure(
+    kinds: Sequence[str],
+    options: ServerOptions,
+    folder: Path,
+    check: Sequence[str],
+    clips: Sequence[str],
+    rows: Sequence[float | None],
+) -> tuple[dict[float | None, dict[str, int]], dict[float | None, list[dict[str, Any]]]]:
+    """Both servers, started in this order, checked and measured; ``(counts per row, runs per row)``."""
+    servers: dict[str, Server] = {}
+    readers: dict[str, SpanReader] = {}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            place = Path(tempfile.mkdtemp(prefix=f"spans-{kind}-", dir=folder))
+            readers[kind] = SpanReader(place)
+            servers[kind] = stack.enter_context(running(kind, replace(options, spans=place), folder))
+        counts = check_answers(servers, check, [row for row in rows if row is not None])
+        print("correctness: answers equal vanilla at ratio 1; every prompt has exactly its tokens")
+        return counts, measure(servers, readers, clips, rows, counts)
+
+
 def parse_arguments() -> tuple[argparse.Namespace, list[float]]:
     """Command line, checked; ``(arguments, ratios)``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,7 +209,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[float]]:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--height", type=int, default=336)
     parser.add_argument("--width", type=int, default=448)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=10, help="clips; each goes through every row")
     parser.add_argument("--server-args", default="", help="further options for both servers, in one quoted string")
     parser.add_argument("--output", type=Path, default=None, help="results file; the picture goes beside it as .png")
     parser.add_argument("--quick", action="store_true", help="small clips and two repeats: does it all work?")
@@ -209,29 +234,21 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="score-ttft-"))
     clips = write_clips(folder / "media", shape, range(args.repeats + 2))
     length = shape.visual_tokens + 512
-    servers: dict[str, Server] = {}
-    readers: dict[str, SpanReader] = {}
+    rows: list[float | None] = [None, *ratios]
+    runs: dict[float | None, list[dict[str, Any]]] = {row: [] for row in rows}
+    counts: dict[float | None, dict[str, int]] = {}
     print(f"{machine_name()}; {model.description}, {shape}, {args.dtype}; server logs in {folder}")
+    extra = shlex.split(args.server_args)
+    options = ServerOptions(model, args.dtype, length, length, args.frames, folder / "media", extra=extra)
     with file_server(folder / "media") as base:
-        urls = [f"{base}/{path.name}" for path in clips]
-
-        def options(kind: str) -> ServerOptions:
-            spans = folder / f"spans-{kind}"
-            spans.mkdir()
-            readers[kind] = SpanReader(spans)
-            extra = shlex.split(args.server_args)
-            media = folder / "media"
-            return ServerOptions(model, args.dtype, length, length, args.frames, media, extra=extra, spans=spans)
-
-        with (
-            running("vanilla", options("vanilla"), folder) as servers["vanilla"],
-            running("score", options("score"), folder) as servers["score"],
-        ):
-            # Two clips for the check, which warms both servers besides; the rest are new to them.
-            counts = check_answers(servers, urls[:2], ratios)
-            print("correctness: answers equal vanilla at ratio 1; every prompt has exactly its tokens")
-            rows: list[float | None] = [None, *ratios]
-            runs = measure(servers, readers, urls[2:], rows, counts)
+        # The first two clips are for the check, which warms the servers besides; the rest are new to them.
+        first, second, *timed = [f"{base}/{path.name}" for path in clips]
+        half = -(-len(timed) // 2)
+        for kinds, part in zip((KINDS, KINDS[::-1]), (timed[:half], timed[half:]), strict=True):
+            if part:
+                counts, found = start_and_measure(kinds, options, folder, (first, second), part, rows)
+                for row in rows:
+                    runs[row] += found[row]
 
     names = {row: "vanilla" if row is None else f"SCORE {row:.0%}" for row in rows}
     results = [summarise(names[row], row, counts[row], runs[row]) for row in rows]
@@ -243,7 +260,7 @@ def main() -> None:
         times = [f"{ttft['median']:.0f} ± {ttft['spread']:.0f}", f"{base_ttft / ttft['median']:.2f}x"]
         printed.append([result["row"], str(result["prompt_tokens"]), *cells, *times])
     print(table(["medians, ms", "prompt", *STAGES, "TTFT", "vs vanilla"], printed))
-    output = args.output or RESULTS / f"ttft_stages_{Path(args.model).name}{'_quick' if args.quick else ''}.json"
+    output = args.output or default_output("ttft_stages", args.model, args.quick)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
     facts = {"arguments": arguments, "model": model.description, "download": "HTTP over the loopback"}
     write_results(output, results, benchmark="ttft_stages", **facts)

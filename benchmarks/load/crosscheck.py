@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from aggregate import aggregate
 from bench_model import add_arguments, resolve_model
 from clips import ClipShape, write_clips
-from harness import RESULTS, machine_name, table, write_results
+from harness import default_output, machine_name, table, write_results
 from plan import Target, make_requests, question, run_locust
 from serving import SERVED_NAME, VLLM_CLI, Server, ServerOptions, running
 from streaming import chat_body
@@ -167,9 +167,9 @@ def main() -> None:
         for row in rows
     ]
     print(table(header, cells))
-    output = args.output or RESULTS / f"load_crosscheck_{Path(args.model).name}{'_quick' if args.quick else ''}.json"
+    output = args.output or default_output("crosscheck", args.model, args.quick)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
-    write_results(output, rows, benchmark="load_crosscheck", arguments=arguments, model=model.description)
+    write_results(output, rows, benchmark="crosscheck", arguments=arguments, model=model.description)
     print(f"written: {os.path.relpath(output)}")
 
 

@@ -1,6 +1,6 @@
 """Load test: vanilla vLLM and SCORE under the same arrivals, one server after the other. See README.md here.
 
-    python benchmarks/load/drive.py             # meant to stay within 20 minutes on two quiet cores
+    python benchmarks/load/drive.py             # 20 to 30 minutes on two quiet cores
     python benchmarks/load/drive.py --quick
 
 For each configuration (vanilla, each ratio, and all ratios mixed) a server is started, checked against vanilla's
@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from aggregate import aggregate, by_ratio, verdicts
 from bench_model import add_arguments, resolve_model
 from clips import ClipShape, write_clips
-from harness import RESULTS, machine_name, table, write_results
+from harness import default_output, machine_name, table, write_results
 from monitoring import Monitor
 from pictures import draw_load
 from plan import Target, make_requests, question, run_locust
@@ -206,7 +206,7 @@ def main() -> None:
     print_rows(rows)
     lines = verdicts(rows, [c for c in args.concurrency if c >= 16] or [max(args.concurrency)])
     print("\n".join(lines))
-    output = args.output or RESULTS / f"load_{Path(args.model).name}{'_quick' if args.quick else ''}.json"
+    output = args.output or default_output("load", args.model, args.quick)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
     write_results(output, rows, benchmark="load", arguments=arguments, model=model.description, verdicts=lines)
     draw_load(rows, f"{model.description}, {shape}, {args.max_tokens} tokens out\n{machine_name()}", output)

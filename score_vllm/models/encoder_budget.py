@@ -30,8 +30,8 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     def __init__(self, cache_size: int, merge_size: int) -> None:
         super().__init__(cache_size)
         self._merge_size = merge_size
-        # What encoding costs beyond the kept tokens, which vLLM charges itself: of videos scheduled in this step, and of
-        # videos of the request in hand, which may yet be turned down.
+        # What encoding costs beyond the kept tokens, which vLLM charges itself: of videos scheduled in this step, and
+        # of videos of the request in hand, which may yet be turned down.
         self._scheduled: dict[tuple[str, int], int] = {}
         self._in_hand: dict[tuple[str, int], int] = {}
 
