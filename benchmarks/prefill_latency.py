@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import LOAD_AT_START, RESULTS, environment, machine_name, rounds, table, write_atomically, write_results
+from harness import LOAD_AT_START, RESULTS, machine_name, rounds, table, write_results
 from prefill_presets import ENGINES, SERVED_FAMILIES, Prepared, Preset, checkpoint_preset, load_preset, prepare
 from prefill_table import HEADER, cells, make_row, missing_row, picture
-from report_blocks import file_digest
+from report_blocks import save_picture
 
 PAPER_RATIOS = (0.4, 0.25, 0.1)
 # vLLM's own pruning of Qwen2.5-VL; its vidcom2 is for Qwen3-VL, which our plug-in does not serve.
@@ -246,11 +246,7 @@ def save(output: Path, rows: list[dict[str, Any]], preset: Preset, args: argpars
     arguments = {key: value if isinstance(value, plain) else str(value) for key, value in asked.items()}
     about = {"name": preset.name, "description": preset.description, "dtype": preset.dtype, "weights": preset.weights}
     write_results(output, rows, benchmark="prefill_latency", preset=about, arguments=arguments, repeats=args.repeats)
-    document = {"environment": environment(), "rows": rows}
-    try:
-        write_atomically(output.with_suffix(".png"), picture(document, file_digest(output)))
-    except ImportError:
-        print("no picture: matplotlib is not installed (extra 'bench')")
+    save_picture(output, picture)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ Nothing here imports torch or vLLM, so that the report can be written anywhere.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from flops import TextShape, flop_bound
 from harness import Sample
+from report_blocks import png
 
 HEADER = (
     "engine",
@@ -134,6 +134,4 @@ def picture(document: dict[str, Any], digest: str) -> bytes:
     axes.set_title(document["environment"]["machine"], fontsize=8)
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Results": digest, "Software": None})
-    return buffer.getvalue()
+    return png(figure, digest)

@@ -37,6 +37,8 @@ from clips import ClipShape
 from engine_process import Worker, workers
 from harness import Sample, default_output, machine_name, table, write_results
 from longest_video import Prober, longest_that_fits
+from report_blocks import save_picture
+from report_blocks.scaling import picture
 
 NAMES = ("vanilla", "score")
 
@@ -168,8 +170,6 @@ def make_setup(
 
 
 def main() -> None:
-    from scaling_picture import draw
-
     args = parse_arguments()
     model = resolve_model(args.model, args.policy)
     folder = Path(tempfile.mkdtemp(prefix="score-scaling-"))
@@ -193,8 +193,7 @@ def main() -> None:
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
     facts = {"model": model.description, "text_tokens": text, "visual_tokens_per_pair": per_pair, "fit": fit}
     write_results(output, rows, benchmark="scaling", arguments=arguments, **facts)
-    title = f"{model.description}, frames of {args.width}x{args.height}; {machine_name()}"
-    draw(rows, fit, args.ratio, title, output.with_suffix(".png"))
+    save_picture(output, picture)
     print(f"written: {os.path.relpath(output)} and {output.with_suffix('.png').name}")
 
 

@@ -40,6 +40,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from bench_model import add_arguments, resolve_model
 from clips import ClipShape, write_clips
 from harness import Sample, default_output, machine_name, table, write_results
+from report_blocks import save_picture
+from report_blocks.ttft_stages import picture
 from serving import KINDS, SERVED_NAME, Server, ServerOptions, file_server, running
 from stage_split import STAGES, SpanReader, split
 from streaming import Answer, chat_body
@@ -52,7 +54,6 @@ OWN_METRICS = {
     "ttft": "vllm:time_to_first_token_seconds_sum",
     "compress": "score_compressor_seconds_sum",
 }
-COLOURS = ("#bab0ac", "#9c755f", "#edc948", "#d4d4d4", "#4e79a7", "#59a14f", "#e15759", "#b07aa1")
 
 
 def stream(server: Server, body: dict[str, Any]) -> Answer:
@@ -122,35 +123,6 @@ def summarise(name: str, ratio: float | None, count: dict[str, int], runs: Seque
         "stages_ms": {stage: sample.to_json() for stage, sample in stages.items()},
         "metrics_ms": own,
     }
-
-
-def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Stacked bars of the stages' medians, one bar per row; written atomically."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 2.2), layout="constrained")
-    lefts = [0.0] * len(rows)
-    places = range(len(rows))
-    for stage, colour in zip(STAGES, COLOURS, strict=True):
-        widths = [row["stages_ms"][stage]["median"] for row in rows]
-        axes.barh(places, widths, left=lefts, color=colour, label=stage, height=0.66)
-        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
-    for place, left, row in zip(places, lefts, rows, strict=True):
-        axes.text(left, place, f"  {row['ttft_ms']['median']:.0f} ms", va="center", fontsize=9)
-    axes.set_yticks(list(places), [row["row"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(lefts) * 1.12)
-    axes.set_xlabel("milliseconds: bars are medians of each stage, numbers are medians of the whole")
-    axes.set_title(title, fontsize=9)
-    axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3 if len(rows) < 4 else -0.2))
-    axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=150, format="png")
-    plt.close(figure)
-    os.replace(partial, path)
 
 
 def measure(
@@ -264,8 +236,7 @@ def main() -> None:
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
     facts = {"arguments": arguments, "model": model.description, "download": "HTTP over the loopback"}
     write_results(output, results, benchmark="ttft_stages", **facts)
-    title = f"Time to first token, {model.description}, {shape}\n{machine_name()}; clips over the loopback"
-    draw(results, title, output.with_suffix(".png"))
+    save_picture(output, picture)
     print(f"written: {os.path.relpath(output)} and {output.with_suffix('.png').name}")
 
 

@@ -29,8 +29,9 @@ from bench_model import add_arguments, resolve_model
 from clips import ClipShape, write_clips
 from harness import default_output, machine_name, table, write_results
 from monitoring import Monitor
-from pictures import draw_load
 from plan import Target, make_requests, question, run_locust
+from report_blocks import save_picture
+from report_blocks.load import picture
 from serving import SERVED_NAME, Server, ServerOptions, running
 from streaming import chat_body
 
@@ -208,8 +209,9 @@ def main() -> None:
     print("\n".join(lines))
     output = args.output or default_output("load", args.model, args.quick)
     arguments = {key: str(value) for key, value in vars(args).items() if key != "output"}
-    write_results(output, rows, benchmark="load", arguments=arguments, model=model.description, verdicts=lines)
-    draw_load(rows, f"{model.description}, {shape}, {args.max_tokens} tokens out\n{machine_name()}", output)
+    facts = {"arguments": arguments, "model": model.description, "verdicts": lines}
+    write_results(output, rows, benchmark="load", **facts)
+    save_picture(output, picture)
     print(f"written: {os.path.relpath(output)} and {output.with_suffix('.png').name}")
     if any(row["failures"] for row in rows):
         sys.exit(f"{sum(row['failures'] for row in rows)} requests failed; logs in {folder}")

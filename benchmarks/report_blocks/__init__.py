@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness import read_results, write_atomically
 
 Render = Callable[[dict[str, Any]], str]
 NOT_MEASURED = "*Not measured yet.*"
@@ -82,3 +85,23 @@ def file_digest(path: Path) -> str:
 def link(file: str) -> str:
     """A link from the README to a results file."""
     return f"[{file}](benchmarks/results/{file})"
+
+
+def png(figure: Any, digest: str) -> bytes:
+    """A matplotlib figure as PNG that names the results it was drawn from."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Results": digest, "Software": None})
+    return buffer.getvalue()
+
+
+def save_picture(results: Path, draw: Callable[[dict[str, Any], str], bytes]) -> None:
+    """Draw a results file's picture beside it, or say why there is none."""
+    try:
+        write_atomically(results.with_suffix(".png"), draw(read_results(results), file_digest(results)))
+    except ImportError:
+        print("no picture: matplotlib is not installed (extra 'bench')")
+
+
+def clip_of(document: dict[str, Any]) -> str:
+    """The clips of a run in words, from its arguments."""
+    return "{frames} frames of {width}x{height}".format(**document["arguments"])

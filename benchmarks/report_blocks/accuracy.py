@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from harness import table
 
-from report_blocks import block, link
+from report_blocks import block, link, png
 
 # Agreement of the server with the transformers path has a file and a sentence of its own.
 SERVED = "served_agreement.json"
@@ -72,9 +71,7 @@ def picture(document: dict[str, Any], digest: str) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Results": digest, "Software": None})
-    return buffer.getvalue()
+    return png(figure, digest)
 
 
 @block("accuracy", "accuracy_world.json", picture=picture)

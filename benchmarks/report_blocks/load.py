@@ -6,7 +6,9 @@ from typing import Any
 
 from harness import table
 
-from report_blocks import block, link
+from report_blocks import block, clip_of, link, png
+
+COLOURS = ("#333333", "#59a14f", "#4e79a7", "#e15759", "#f28e2b", "#b07aa1")
 
 
 def part(document: dict[str, Any], file: str) -> str:
@@ -32,7 +34,52 @@ def part(document: dict[str, Any], file: str) -> str:
     return f"{table(header, lines)}\n\n{caption}"
 
 
-@block("load", "load_*.json")
+def picture(document: dict[str, Any], digest: str) -> bytes:
+    """Three panels, a line per configuration: throughput, time to first token, inter-token latency.
+
+    Args:
+        document: results of ``load/drive.py``.
+        digest: of that file; stored in the PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra ``bench``).
+    """
+    from matplotlib.figure import Figure
+
+    rows = document["rows"]
+
+    def p(row: dict[str, Any], key: str, name: str) -> float:
+        return float("nan") if row[key] is None else row[key][name]
+
+    panels = (
+        ("requests per second", lambda row: row["requests_per_second"]),
+        ("TTFT p95, ms", lambda row: p(row, "ttft_ms", "p95")),
+        ("inter-token latency p50, ms", lambda row: p(row, "itl_ms", "p50")),
+    )
+    figure = Figure(figsize=(13, 4), dpi=90, layout="constrained")
+    axes = figure.subplots(1, 3)
+    users = sorted({row["concurrency"] for row in rows})
+    names = list(dict.fromkeys(row["config"] for row in rows))
+    for ax, (label, value) in zip(axes, panels, strict=True):
+        for name, colour in zip(names, COLOURS * len(names), strict=False):
+            own = [row for row in rows if row["config"] == name]
+            ax.plot([row["concurrency"] for row in own], [value(row) for row in own], "o-", color=colour, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(users, [str(count) for count in users])
+        ax.minorticks_off()
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("concurrent users")
+        ax.set_title(label, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    arguments = document["arguments"]
+    about = f"{document['model']}, {clip_of(document)}, {arguments['max_tokens']} tokens out"
+    figure.suptitle(f"{about}\n{document['environment']['machine']}", fontsize=9)
+    return png(figure, digest)
+
+
+@block("load", "load_*.json", picture=picture)
 def load(results: dict[str, Any]) -> str:
     """Markdown of each machine's results."""
     return "\n\n".join(part(document, file) for file, document in results.items())

@@ -1,0 +1,113 @@
+"""Blocks of the serving benchmarks, from documents whose ratios are easy to see."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+MACHINE = {"environment": {"machine": "a machine"}, "model": "a model"}
+
+
+def sample(value: float) -> dict[str, Any]:
+    return {"median": value, "spread": 0.0, "values": [value]}
+
+
+def scaling_document() -> dict[str, Any]:
+    def row(name: str, frames: int, scale: float) -> dict[str, Any]:
+        times = {"llm_ms": 40 * scale, "compressor_ms": 5 * (name == "score"), "total_ms": 100 * scale}
+        prompt = {"visual_tokens": frames, "prompt_tokens": int(frames * 10 * scale)}
+        memory = {"peak_bytes_above_rest": int(2**20 * 8 * scale)}
+        return {"row": name, "frames": frames, **prompt, **{k: sample(v) for k, v in times.items()}, **memory}
+
+    rows = [row("vanilla", 8, 1.0), row("score", 8, 0.25), row("vanilla", 16, 1.0)]
+    rows.append({"row": "score", "frames": 16, "refused": "too long"})
+    fit = [
+        {"row": "vanilla", "retention_ratio": None, "context_tokens": 2048, "longest_frames": 60, "at_limit": False},
+        {"row": "score", "retention_ratio": 0.25, "context_tokens": 2048, "longest_frames": 4096, "at_limit": True},
+    ]
+    return {**MACHINE, "arguments": {"width": "56", "height": "28", "repeats": "1"}, "rows": rows, "fit": fit}
+
+
+def load_document() -> dict[str, Any]:
+    def row(name: str, users: int, scale: float) -> dict[str, Any]:
+        spread = dict.fromkeys(("p50", "p95", "p99", "mean"), 100 * scale)
+        times = dict.fromkeys(("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"), spread)
+        more = {"requests": 8, "failures": 0, "requests_per_second": 2 / scale, "peak_rss_bytes": int(1000 * scale)}
+        return {"config": name, "concurrency": users, **times, **more}
+
+    rows = [row("vanilla", 1, 1.0), row("vanilla", 2, 2.0), row("SCORE 10%", 1, 0.5), row("SCORE 10%", 2, 0.5)]
+    arguments = {"max_tokens": "4", "frames": "8", "width": "56", "height": "28"}
+    return {**MACHINE, "arguments": arguments, "rows": rows}
+
+
+def ttft_document() -> dict[str, Any]:
+    names = ("download", "decode", "preprocess", "hand-over", "ViT", "compress", "LLM prefill", "first token")
+
+    def row(name: str, stage: float) -> dict[str, Any]:
+        stages = {stage_name: sample(stage) for stage_name in names}
+        return {"row": name, "prompt_tokens": 10, "ttft_ms": sample(8 * stage), "stages_ms": stages}
+
+    arguments = {"frames": "8", "width": "56", "height": "28"}
+    return {**MACHINE, "arguments": arguments, "rows": [row("vanilla", 10.0), row("SCORE 10%", 5.0)]}
+
+
+def cells(text: str) -> list[list[str]]:
+    """Rows of the first table under its header and rule."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_scaling(benchmark_module: Callable[[str], ModuleType]) -> None:
+    text = benchmark_module("report_blocks.scaling").part(scaling_document(), "scaling_x.json")
+    assert cells(text) == [
+        ["8", "80 / 20", "4.0x", "4.0x", "20%", "8 / 2", ""],
+        ["16", "", "", "", "", "", "refused by score"],
+    ]
+    assert "context of 2,048 tokens: 60 frames with vanilla, at least 4,096 with SCORE 25%" in text
+
+
+def test_load(benchmark_module: Callable[[str], ModuleType]) -> None:
+    text = benchmark_module("report_blocks.load").part(load_document(), "load_x.json")
+    half, quarter = "0.50 / 0.50 / 0.50", "0.25 / 0.25 / 0.25"
+    assert cells(text) == [
+        ["SCORE 10%", "1", "2.00x", half, half, half, "0.50x", "0 + 0 of 8 each"],
+        ["SCORE 10%", "2", "4.00x", quarter, quarter, quarter, "0.25x", "0 + 0 of 8 each"],
+    ]
+
+
+def test_crosscheck(benchmark_module: Callable[[str], ModuleType]) -> None:
+    def row(client: str, scale: float) -> dict[str, Any]:
+        times = {"ttft_p50_ms": 10 * scale, "ttft_p95_ms": 20 * scale, "tpot_p50_ms": 4 * scale}
+        return {"config": "vanilla", "client": client, "failures": 0, "requests_per_second": 3 / scale, **times}
+
+    rows = [row("vllm bench serve", 2.0), row("locust", 1.0)]
+    document = {**MACHINE, "arguments": {"requests": "24", "concurrency": "4"}, "rows": rows}
+    text = benchmark_module("report_blocks.load").crosscheck_part(document, "crosscheck_x.json")
+    assert cells(text) == [["vanilla", "0.50x", "2.00x", "2.00x", "2.00x", "0 / 0"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [("scaling", scaling_document()), ("load", load_document()), ("ttft_stages", ttft_document())],
+)
+def test_pictures_carry_what_they_were_drawn_from(
+    benchmark_module: Callable[[str], ModuleType], tmp_path: Path, name: str, document: dict[str, Any]
+) -> None:
+    pytest.importorskip("matplotlib")
+    data = benchmark_module(f"report_blocks.{name}").picture(document, "0" * 64)
+    width, height = struct.unpack(">II", data[16:24])
+    assert width > 500
+    assert height > 200
+    (tmp_path / "x.png").write_bytes(data)
+    assert benchmark_module("report").picture_source(tmp_path / "x.png") == "0" * 64
+
+
+def test_quick_runs_stay_out_of_the_results(benchmark_module: Callable[[str], ModuleType]) -> None:
+    harness = benchmark_module("harness")
+    assert harness.default_output("load", "a/b", False) == harness.RESULTS / "load_b.json"
+    assert harness.default_output("load", "a/b", True) == harness.RESULTS.parents[1] / "runs" / "load_b.json"
