@@ -1,11 +1,11 @@
 """Every method at every ratio on one synthetic video: time, achieved ratio, peak memory, kept tokens per frame.
 
     python benchmarks/methods.py                                  # small, under a minute
-    python benchmarks/methods.py --paper-size --threads 2 --machine "2 cores of ..." --output out.json
+    python benchmarks/methods.py --paper-size --output benchmarks/results/methods_cpu.json
 
-Each row is checked first (exactly K tokens, ascending, same again on a second run); a method that fails has
-no time printed. Times are of ``select_tokens``: scores, selection and the gathered or merged rows. The
-tokens are random scenes, so times are real and the choice of tokens means nothing; ``score`` runs with
+Each row is checked first (exactly K tokens, ascending, same again on a second run); a method that fails is not timed.
+The timed runs go round robin over the rows. Times are of ``select_tokens``: scores, selection and the gathered or
+merged rows. The tokens are random scenes, so times are real and the choice of tokens means nothing; ``score`` runs with
 untrained weights of the real size, FastVID and HoliTom with a random saliency.
 """
 
@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import gc
-import json
-import os
-import platform
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from score_vllm import RetentionPolicy, TokenSelection, __version__, methods, num_retained_tokens, select_tokens
+sys.path.append(str(Path(__file__).resolve().parent))
+from harness import Sample, Stopwatch, machine_name, rounds, table, write_results
+
+from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
 
 SIZES = {"small": (16, 192, 1024), "paper-size": (64, 665, 3584)}
 RATIOS = (0.4, 0.25, 0.1)
@@ -112,19 +111,12 @@ def fault(first: TokenSelection, second: TokenSelection, keep: int) -> str | Non
     return None
 
 
-def measure(x: torch.Tensor, ratio: float, arguments: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """One row of the table; ``fault`` is set, and no time, where the result is wrong."""
+def check(x: torch.Tensor, ratio: float, arguments: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table, without times; ``fault`` is set where the result is wrong."""
     total = x.shape[0] * x.shape[1]
-
-    def run() -> TokenSelection:
-        selection = select_tokens(x, ratio, **arguments)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return selection
-
-    first = run()  # also the warm-up: lazy initialisation is not the method's memory
+    first = select_tokens(x, ratio, **arguments)  # also the warm-up: lazy initialisation is not the method's memory
     with PeakMemory(x.device) as memory:
-        second = run()
+        second = select_tokens(x, ratio, **arguments)
     kept = first.kept_per_frame()
     row: dict[str, Any] = {
         "method": arguments["method"],
@@ -139,34 +131,32 @@ def measure(x: torch.Tensor, ratio: float, arguments: dict[str, Any], repeats: i
         },
         "fault": fault(first, second, num_retained_tokens(total, ratio)),
     }
-    del first, second
-    if row["fault"] is None:
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        row["seconds"] = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
     return row
 
 
-HEADER = (
-    f"{'method':<18}{'ratio':>6}{'achieved':>10}{'median s':>10}{'min - max s':>17}{'peak MiB':>10}"
-    f"{'kept per frame min/median/max':>32}"
-)
+def label(row: dict[str, Any]) -> str:
+    """Method and variant."""
+    return row["method"] + (f" {row['variant']}" if row["variant"] else "")
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row of the table as text, under ``HEADER``."""
-    name = row["method"] + (f" {row['variant']}" if row["variant"] else "")
-    start = f"{name:<18}{row['retention_ratio']:>6.2f}{row['achieved_ratio']:>10.4f}"
+def timed(x: torch.Tensor, ratio: float, arguments: dict[str, Any], _: int) -> float:
+    """Milliseconds of one selection."""
+    with Stopwatch() as watch:
+        select_tokens(x, ratio, **arguments)
+    return watch.ms
+
+
+HEADER = ("method", "ratio", "achieved", "ms", "peak MiB", "kept per frame, min / median / max")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table, under ``HEADER``."""
+    start = [label(row), f"{row['retention_ratio']:.2f}", f"{row['achieved_ratio']:.4f}"]
     if row["fault"]:
-        return f"{start}  WRONG: {row['fault']}"
-    seconds = row["seconds"]
-    spread = f"{seconds['min']:.3f} - {seconds['max']:.3f}"
+        return [*start, f"WRONG: {row['fault']}", "", ""]
     memory = "-" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}"
     kept = "{min} / {median:g} / {max}".format(**row["kept_per_frame"])
-    return f"{start}{seconds['median']:>10.3f}{spread:>17}{memory:>10}{kept:>32}"
+    return [*start, str(Sample(tuple(row["ms"]["values"]))), memory, kept]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -183,7 +173,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--machine", default="unnamed", help="what to call this machine in the results")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
@@ -209,40 +198,23 @@ def main(argv: list[str] | None = None) -> int:
     x = synthetic_video(frames, per_frame, d, getattr(torch, arguments.dtype)).to(arguments.device)
     saliency = torch.rand(frames, per_frame, generator=torch.Generator().manual_seed(1)).to(arguments.device)
     policy = RetentionPolicy(d).to(arguments.device) if "score" in arguments.methods else None
-    # Says how far to trust the times: about 0 before, about the number of threads after, on a quiet machine.
-    load = [round(os.getloadavg()[0], 2)]
     todo = [(name, variant, r) for name, variant in rows_to_measure(arguments.methods) for r in arguments.ratios]
-    print(f"T={frames} N={per_frame} D={d} {arguments.dtype}, {arguments.machine}, {torch.get_num_threads()} threads")
-    print(HEADER, flush=True)
-    rows = []
-    for name, variant, ratio in (bar := tqdm(todo, unit="row", disable=None, file=sys.stderr)):
-        bar.set_description(f"{name} {ratio:g}")
+    print(f"T={frames} N={per_frame} D={d} {arguments.dtype}, {machine_name()}, {torch.get_num_threads()} threads")
+    rows, calls = [], {}
+    for name, variant, ratio in tqdm(todo, desc="check", unit="row", file=sys.stderr):
         keywords = {"method": name, "variant": variant, "policy": policy, "saliency": saliency}
-        rows.append(measure(x, ratio, keywords, arguments.repeats))
-        tqdm.write(line(rows[-1]), file=sys.stdout)
-        sys.stdout.flush()
-    load.append(round(os.getloadavg()[0], 2))
-    print(f"load average over one minute: {load[0]} before, {load[1]} after")
+        rows.append(check(x, ratio, keywords))
+        if rows[-1]["fault"] is None:
+            calls[str((name, variant, ratio))] = partial(timed, x, ratio, keywords)
+    times = rounds(calls, arguments.repeats, warm_up=0, label="time") if calls else {}
+    for row in rows:
+        if row["fault"] is None:
+            key = str((row["method"], row["variant"], row["retention_ratio"]))
+            row["ms"] = Sample(tuple(times[key])).to_json()
+    print(table(HEADER, [cells(row) for row in rows]))
     if arguments.output:
-        report = {
-            "benchmark": "methods",
-            "machine": arguments.machine,
-            "device": torch.cuda.get_device_name() if x.is_cuda else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "load_average": {"before": load[0], "after": load[1]},
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": {
-                "score_vllm": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "video": {"T": frames, "N": per_frame, "D": d, "dtype": arguments.dtype, "content": "synthetic scenes"},
-            "repeats": arguments.repeats,
-            "rows": rows,
-        }
-        part = arguments.output.with_name(arguments.output.name + ".part")
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, arguments.output)
+        video = {"T": frames, "N": per_frame, "D": d, "dtype": arguments.dtype, "content": "synthetic scenes"}
+        write_results(arguments.output, rows, benchmark="methods", video=video, repeats=arguments.repeats)
     return int(any(row["fault"] for row in rows))
 
 

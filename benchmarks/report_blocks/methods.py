@@ -1,4 +1,4 @@
-"""Every method's time and spread over frames, from benchmarks/methods.py, whose files have a form of their own."""
+"""Every method's time and spread over frames, from benchmarks/methods.py."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def part(document: dict[str, Any], file: str) -> str:
         line = [f"{method} {variant}".strip()]
         for ratio in ratios:
             row, base = by_key.get((method, variant or None, ratio)), by_key.get(("score", None, ratio))
-            line.append(f"{row['seconds']['median'] / base['seconds']['median']:.2f}x" if row and base else "")
+            line.append(f"{row['ms']['median'] / base['ms']['median']:.2f}x" if row and base else "")
         least = by_key.get((method, variant or None, ratios[-1]))
         kept = least["kept_per_frame"] if least else None
         line.append("" if kept is None else f"{kept['min']} / {kept['median']:g} / {kept['max']}")
         lines.append(line)
     header = ["method", *[f"time at {100 * ratio:g}%" for ratio in ratios]]
     body = table([*header, f"kept per frame at {100 * ratios[-1]:g}%, least / median / most"], lines)
-    video, load = document["video"], document["load_average"]
+    video = document["video"]
     shape = f"T = {video['T']}, N = {video['N']}, D = {video['D']}, {video['dtype']}, {video['content']}"
-    busy = f"load average {load['before']} to {load['after']}"
-    return f"{body}\n\n(times `score`'s on {document['machine']}, {busy}; {shape}; {link(file)})"
+    machine, repeats = document["environment"]["machine"], document["repeats"]
+    return f"{body}\n\n(times `score`'s on {machine}; {shape}; medians of {repeats}; {link(file)})"
 
 
 @block("methods", "methods_[cg]pu.json")
