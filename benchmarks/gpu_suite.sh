@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU test and benchmark in one call; leaves JSON and JUnit files in $OUT (default: benchmarks/results).
+# The GPU tests, the kernel and prefill benchmarks in one call; leaves JSON and JUnit files in $OUT (default: benchmarks/results).
 # Needs torch with CUDA, triton, pytest, hypothesis, numpy, safetensors and tqdm; not an installed package. The prefill
 # benchmark also needs transformers, and for its vLLM rows vllm and this package installed (vLLM finds the plug-in by its
 # entry point); what is missing is said and left out.

@@ -4,7 +4,7 @@
     python benchmarks/report.py --check    # change nothing; print a diff and exit 1 where something is
 
 A block stands between ``<!-- name -->`` and ``<!-- /name -->``; what writes it is a function in report_blocks/. A block
-without results says so. Results without a block in the README are an error.
+without results says so. Results of a block that has no place in the README are an error.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python benchmarks/ttft_stages.py --model Qwen/Qwen2.5-VL-7B-Instruct --policy DIR --dtype bfloat16 \\
         --frames 128 --server-args="--gpu-memory-utilization 0.45"     # two servers share the GPU
 
-A vanilla server and a compressed one run side by side; rows take turns, each repeat sends a clip that no server has
-seen, and every cache is off. Half-way both are started anew in the other order: of two servers on one machine, the one
+A vanilla server and a compressed one run side by side; rows take turns over clips that are new to both, and every cache
+is off. Half-way both are started anew in the other order: of two servers on one machine, the one
 started second was seen to be slower by some per cent, whichever it was. The client fetches nothing: the server
 downloads each clip over HTTP (from the loopback, so a real network adds its own), decodes, preprocesses, encodes,
 selects, prefills. Stop-watches stand at the doors between those stages, inside the servers
@@ -98,6 +98,8 @@ def check_answers(
         wrong = plain.problem(8, None, None) or whole.problem(8, prompt, original)
         if wrong is None and plain.text != whole.text:
             wrong = f"vanilla says {plain.text!r} and SCORE at ratio 1 says {whole.text!r}"
+        if wrong is not None:
+            sys.exit(f"correctness check failed: {wrong}; nothing was timed")
         counts[None] = {"visual": original, "prompt": prompt}
         for ratio in ratios:
             kept = num_retained_tokens(original, ratio)

@@ -87,7 +87,7 @@ def verdicts(rows: Sequence[dict[str, Any]], concurrencies: Sequence[int]) -> li
     """The goals in words, each with its numbers: no failures, throughput above vanilla, decode not slower.
 
     A row is slower or faster than vanilla's row at the same concurrency. Decode speed is the median inter-token
-    latency: half of the gaps see no foreign prefill even at high concurrency.
+    latency, as a reader of the stream sees it: under load most gaps hold another request's prefill.
 
     Args:
         rows: of :func:`aggregate`, with ``config``, ``retention_ratios`` and ``concurrency``.

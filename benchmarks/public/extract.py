@@ -20,6 +20,9 @@ _LEAD = (
     r"|\b(?:i|i'd|i\s+would|we)\s+(?:choose|select|pick|say|go\s+with))"
     r"[:\s]*(?:(?:option|choice|letter)\s+)?"
 )
+# "Option B", "Answer B", "It's B": what a short answer opens with, and what then must follow the letter.
+_NAMED = r"\W*(?i:(?:the\s+)?(?:option|answer|choice)|it's|it\s+is)\s+"
+_ENDS = r"\s*(?:$|[.,;:!?)\]\n]|(?:because|since|as|for|due|given|based)\b)"
 _BRACKETED = r"[(\[]\s*([A-Ja-j])\s*[)\]]"
 _BARE = r"(?<![A-Za-z'])([A-J])(?![A-Za-z'0-9])"
 _SMALL = r"(?<![A-Za-z'])([a-j])(?=\s*(?:$|[.,;:!?)\]]))"
@@ -57,7 +60,7 @@ def _stated(text: str, options: Sequence[str]) -> set[str]:
     found = set()
     for lead in re.finditer(_LEAD, text, re.IGNORECASE):
         rest = text[lead.end() :]
-        sentence = re.split(r"[.!?\n]", rest, maxsplit=1)[0]
+        sentence = re.split(r"[.!?](?=\s|$)|\n", rest, maxsplit=1)[0]  # not at the point of "3.5"
         if (letter := _of_options(sentence, options)) is not None:
             found.add(letter)
             continue
@@ -83,10 +86,15 @@ def _starts_with_option(text: str, options: Sequence[str], letter: str) -> bool:
 
 
 def _leading(text: str, options: Sequence[str]) -> str | None:
-    """A letter with which the text starts, as in "B. Candles", "(c)", "C) Berries", "D because ..."."""
+    """A letter with which the text starts, as in "B. Candles", "(c)", "C) Berries", "D because ...", "Option B"."""
     listed = re.findall(r"^\s*(?:[(\[]([A-Ja-j])[)\]]|([A-J])\s*[.):])", text, re.MULTILINE)
     if len({(a or b).upper() for a, b in listed}) > 1:
         return None  # the options were repeated, none was chosen
+    named = re.match(rf"{_NAMED}{_BARE}{_NOT_ANOTHER}", text)
+    if named:
+        rest = text[named.end() :]
+        if re.match(_ENDS, rest, re.IGNORECASE) or _starts_with_option(rest, options, named[1]):
+            return named[1]
     marked = re.match(rf"\s*(?:{_BRACKETED}|([A-Ja-j])\s*[.):\]](?![A-Za-z]\.)){_NOT_ANOTHER}", text)
     if marked:
         return (marked[1] or marked[2]).upper()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, table, write_results
+from benchmarks.harness import RESULTS, RUNS, table, write_results
 from benchmarks.public.answers import Answers, AnswersError, ratio_name
 from benchmarks.public.client import SEND, Client, RequestFailed, Videos
 from benchmarks.public.evaluate import Plan, ProbeFailed, ask_all, probe
@@ -76,7 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-failures", type=positive, default=50, help="stop after this many failed requests")
     add("--allow-failures", action="store_true", help="score the answered questions even where requests failed")
     add("--no-probe", action="store_true", help="do not verify that the server compresses (the results say so)")
-    add("--output", type=Path, default=None, help=f"results file (default: {RESULTS.name}/accuracy_<set>_<model>.json)")
+    add(
+        "--output",
+        type=Path,
+        default=None,
+        help="results file (default: benchmarks/results/accuracy_<set>_<model>.json; runs/ for a part of a set)",
+    )
     add("--answers", type=Path, default=None, help="file of answers (default: beside the results file)")
 
 
@@ -123,7 +128,9 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
             args.max_failures,
         )  # fmt: skip
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)
-        output = args.output or RESULTS / f"accuracy_{args.benchmark}_{name}.json"
+        # A part of a set is no result.
+        place = RESULTS if len(questions) == chosen.size else RUNS
+        output = args.output or place / f"accuracy_{args.benchmark}_{name}.json"
         configuration = {
             "benchmark": args.benchmark,
             "questions": content,

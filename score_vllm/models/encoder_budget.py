@@ -18,7 +18,8 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     encodes no more than it would without compression. Space in the cache is still charged by kept tokens, which is
     what it holds.
 
-    A step's first video is always let through, however large: vLLM has accepted it, so it must be served.
+    A step's first video is always let through, however large: vLLM has accepted it, so it must be served. A video that
+    comes from a remote encoder cache is charged as if it were encoded here: too strict, for that one step.
 
     Chosen by ``--ec-manager-config``; score-serve does so by itself.
 

@@ -88,3 +88,29 @@ def test_equal_options_are_not_told_apart_by_text() -> None:
 def test_too_many_options() -> None:
     with pytest.raises(ValueError, match="at most 10 options"):
         extract_answer("A", ["x"] * 11)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    {
+        "Option B": "B",
+        "Answer B.": "B",
+        "It's B.": "B",
+        "The option A, because it moves": "A",
+        "It is C since it is red.": "C",
+        "Option B and C": None,
+        "Option B is wrong": None,
+        "It's a dog": None,
+        "It is A dog": None,
+    }.items(),
+    ids=repr,
+)
+def test_named_without_a_verb(text: str, letter: str | None) -> None:
+    assert extract_answer(text, ("one", "two", "three")) == letter
+
+
+def test_a_decimal_point_ends_no_sentence() -> None:
+    options = ("3", "3.5", "4")
+    assert extract_answer("The answer is 3.5.", options) == "B"
+    assert extract_answer("The answer is 3. It is clear.", options) == "A"
+    assert extract_answer("The answer is 3.7.", options) is None

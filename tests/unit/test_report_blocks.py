@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_crosscheck(benchmark_module: Callable[[str], ModuleType]) -> None:
     document = {**MACHINE, "arguments": {"requests": "24", "concurrency": "4"}, "rows": rows}
     text = benchmark_module("report_blocks.load").crosscheck_part(document, "crosscheck_x.json")
     assert cells(text) == [["vanilla", "0.50x", "2.00x", "2.00x", "2.00x", "0 / 0"]]
+
+
+def test_public_accuracy(benchmark_module: Callable[[str], ModuleType]) -> None:
+    """From what the public runner writes, withheld figures included."""
+    Accuracy = importlib.import_module("benchmarks.public.scoring").Accuracy
+    rows = [
+        {"retention_ratio": 1.0, "headline": Accuracy.of([True, True, False, True]).to_json(), "failed": 0},
+        {"retention_ratio": 0.1, "headline": None, "failed": 2},
+    ]
+    rows = [{**row, "prompt_tokens_mean": 1234.4} for row in rows]
+    facts = {"title": "A set", "headline": "overall", "asked": 4, "published_size": 2700, "prompt": "official"}
+    text = benchmark_module("report_blocks.accuracy_public").part({**MACHINE, **facts, "rows": rows}, "x.json")
+    figure, tokens, failed = cells(text)
+    assert figure[0] == "overall"
+    assert figure[1].startswith("75.0 [")
+    assert figure[2] == "withheld"
+    assert tokens == ["tokens per request", "1,234", "1,234"]
+    assert failed == ["failed", "0", "2"]
+    assert "4 of 2700 questions: not the published set's figure" in text
 
 
 @pytest.mark.parametrize(
