@@ -25,7 +25,9 @@ class EventParser:
         return [line[5:].strip().decode() for line in lines if line.startswith(b"data:")]
 
 
-def chat_body(model: str, url: str, text: str, max_tokens: int, ratio: float | None) -> dict[str, Any]:
+def chat_body(
+    model: str, url: str, text: str, max_tokens: int, ratio: float | None, token_ids: bool = False
+) -> dict[str, Any]:
     """A streaming chat request about one video.
 
     Args:
@@ -34,6 +36,7 @@ def chat_body(model: str, url: str, text: str, max_tokens: int, ratio: float | N
         text: the question.
         max_tokens: exactly this many are generated.
         ratio: retention ratio; None leaves the field out (a vanilla server would ignore it in silence).
+        token_ids: ask for the answer's token ids beside its text.
     """
     content = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": text}]
     body: dict[str, Any] = {
@@ -47,6 +50,8 @@ def chat_body(model: str, url: str, text: str, max_tokens: int, ratio: float | N
     }
     if ratio is not None:
         body["retention_ratio"] = ratio
+    if token_ids:
+        body["return_token_ids"] = True
     return body
 
 
@@ -58,6 +63,7 @@ class Answer:
         sent: when the request was sent, in seconds of the caller's clock.
         arrivals: ``(time, tokens)`` of every chunk that brought new tokens.
         text: the answer so far.
+        ids: its token ids, where they were asked for.
         usage: the last ``usage`` object seen.
         score: the ``score`` object, where the server compresses.
         error: of an error event.
@@ -67,6 +73,7 @@ class Answer:
     sent: float
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     text: str = ""
+    ids: list[int] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
     score: dict[str, Any] | None = None
     error: str | None = None
@@ -88,6 +95,7 @@ class Answer:
             self.score = chunk.get("score", self.score)
             for choice in chunk.get("choices", ()):
                 self.text += choice["delta"].get("content") or ""
+                self.ids += choice.get("token_ids") or ()
             new = self.usage.get("completion_tokens", 0) - before
             if new > 0:
                 self.arrivals.append((now, new))

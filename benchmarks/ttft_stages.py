@@ -90,14 +90,14 @@ def check_answers(
 
     counts: dict[float | None, dict[str, int]] = {}
     for url in urls:
-        plain = stream(servers["vanilla"], chat_body(SERVED_NAME, url, QUESTION, 8, None))
-        whole = stream(servers["score"], chat_body(SERVED_NAME, url, QUESTION, 8, 1.0))
+        plain = stream(servers["vanilla"], chat_body(SERVED_NAME, url, QUESTION, 8, None, token_ids=True))
+        whole = stream(servers["score"], chat_body(SERVED_NAME, url, QUESTION, 8, 1.0, token_ids=True))
         prompt = int(plain.usage["prompt_tokens"])
         (video,) = (whole.score or {"videos": []})["videos"] or [{"original_tokens": -1}]
         original = video["original_tokens"]
         wrong = plain.problem(8, None, None) or whole.problem(8, prompt, original)
-        if wrong is None and plain.text != whole.text:
-            wrong = f"vanilla says {plain.text!r} and SCORE at ratio 1 says {whole.text!r}"
+        if wrong is None and not (plain.ids == whole.ids and len(plain.ids) == 8):
+            wrong = f"vanilla's tokens are {plain.ids} and those of SCORE at ratio 1 {whole.ids}"
         if wrong is not None:
             sys.exit(f"correctness check failed: {wrong}; nothing was timed")
         counts[None] = {"visual": original, "prompt": prompt}

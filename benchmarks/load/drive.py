@@ -56,12 +56,12 @@ def configurations(ratios: Sequence[float]) -> list[Config]:
     return made
 
 
-def answers(server: Server, clips: Sequence[Path], ratio: float | None) -> list[tuple[str, int]]:
-    """``(text, prompt tokens)`` of one short answer per clip."""
+def answers(server: Server, clips: Sequence[Path], ratio: float | None) -> list[tuple[list[int], int]]:
+    """``(token ids, prompt tokens)`` of one short answer per clip."""
     found = []
     for i, clip in enumerate(clips):
-        body = server.post(chat_body(SERVED_NAME, f"file://{clip}", question(i), CHECK_TOKENS, ratio))
-        found.append((body["choices"][0]["message"]["content"], int(body["usage"]["prompt_tokens"])))
+        body = server.post(chat_body(SERVED_NAME, f"file://{clip}", question(i), CHECK_TOKENS, ratio, token_ids=True))
+        found.append((list(body["choices"][0]["token_ids"]), int(body["usage"]["prompt_tokens"])))
     return found
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     )
 
     rows: list[dict[str, Any]] = []
-    plain: list[tuple[str, int]] = []
+    plain: list[tuple[list[int], int]] = []
     counts: tuple[int, int] | None = None
     for config in configurations(args.ratios):
         with running(config.kind, options, folder) as server:

@@ -62,6 +62,18 @@ def test_token_times_by_hand() -> None:
     assert answer.text == "acd"
 
 
+def test_token_ids_are_collected_where_they_were_asked_for() -> None:
+    assert "return_token_ids" not in streaming.chat_body("m", "u", "t", 2, None)
+    assert streaming.chat_body("m", "u", "t", 2, 0.5, token_ids=True)["return_token_ids"] is True
+    answer = streaming.Answer(0.0)
+    for n, ids in enumerate(([5], None, [6, 7])):
+        piece = chunk("", n)
+        piece["choices"][0]["token_ids"] = ids
+        answer.feed(sse(piece, done=False), float(n))
+    assert answer.ids == [5, 6, 7]
+    assert make_answer().ids == []
+
+
 def test_problems_are_named() -> None:
     assert make_answer().problem(4, 40, 7) is None
     assert make_answer().problem(4, None, None) is None
