@@ -22,15 +22,20 @@ class WorkerDied(RuntimeError):
 
 
 class Worker:
-    """The parent's end of an engine process."""
+    """The parent's end of an engine process; one that ended by running out of memory is replaced by a new one."""
 
     def __init__(self, setup: dict[str, Any], log: Path) -> None:
         self.log = log
+        self._setup = setup
+        self._start()
+
+    def _start(self) -> None:
+        setup = self._setup
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
         if Path(setup["model"]).is_dir():
             env["HF_HUB_OFFLINE"] = "1"
         command = [sys.executable, str(HERE / "scaling_worker.py"), json.dumps(setup)]
-        with log.open("ab") as sink:
+        with self.log.open("ab") as sink:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, env=env
             )
@@ -50,7 +55,11 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return self._read()
+        result = self._read()
+        if result.get("ended"):
+            self.stop()
+            self._start()
+        return result
 
     def stop(self) -> None:
         """End the process by closing its input, or by its id."""

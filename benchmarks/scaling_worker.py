@@ -131,13 +131,17 @@ class Engine:
         start = time.perf_counter()
         params = SamplingParams(max_tokens=order["tokens"], temperature=0, ignore_eos=True)
         try:
-            (output,) = self.llm.generate([request], params, use_tqdm=False)
-        except (VLLMClientError, ValueError, MemoryError) as error:
+            outputs = self.llm.generate([request], params, use_tqdm=False)
+        except (VLLMClientError, ValueError) as error:
             return {"refused": " ".join(str(error).split())[:300]}
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        except (MemoryError, RuntimeError) as error:
+            said = str(error).lower()
+            memory = isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+            if not memory:
                 raise
-            return {"refused": " ".join(str(error).split())[:300]}
+            # vLLM has not given the request up: this engine must not be asked again.
+            return {"refused": " ".join(str(error).split())[:300], "ended": True}
+        (output,) = outputs
         self._synchronize()
         pad = self.llm.get_tokenizer().convert_tokens_to_ids("<|video_pad|>")
         ids = list(output.prompt_token_ids)
@@ -171,7 +175,10 @@ def main() -> None:
     block_size = engine.llm.llm_engine.vllm_config.cache_config.block_size
     answer({"ready": True, "block_size": block_size})
     for line in sys.stdin:
-        answer(engine.run(json.loads(line)))
+        result = engine.run(json.loads(line))
+        answer(result)
+        if result.get("ended"):
+            break
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ sys.path += [str(BENCHMARKS), str(BENCHMARKS / "load")]
 try:
     import aggregate
     import drive
+    import engine_process
     import longest_video
     import plan
     import stage_split
@@ -269,3 +270,29 @@ def test_the_longest_that_fits(truth: int) -> None:
 def test_the_search_refuses_odd_bounds() -> None:
     with pytest.raises(ValueError, match="even"):
         longest_video.longest_that_fits(lambda _: True, 7, 100)
+
+
+FAKE_ENGINE = """
+import json, os, sys
+def answer(content):
+    print("@scaling " + json.dumps({**content, "pid": os.getpid()}), flush=True)
+answer({"ready": True})
+for line in sys.stdin:
+    if json.loads(line)["frames"] > 100:
+        answer({"refused": "out of memory", "ended": True})
+        break
+    answer({"prompt_tokens": 1})
+"""
+
+
+def test_an_engine_that_ran_out_of_memory_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has not given the failed request up: a second request to the same engine would wait behind it."""
+    (tmp_path / "scaling_worker.py").write_text(FAKE_ENGINE)
+    monkeypatch.setattr(engine_process, "HERE", tmp_path)
+    with engine_process.workers({"x": {"model": "none"}}, tmp_path) as made:
+        before = made["x"].ask(frames=8)
+        assert made["x"].ask(frames=8)["pid"] == before["pid"]
+        assert made["x"].ask(frames=999)["refused"] == "out of memory"
+        after = made["x"].ask(frames=8)
+        assert after["prompt_tokens"] == 1
+        assert after["pid"] != before["pid"]
