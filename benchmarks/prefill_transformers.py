@@ -2,7 +2,8 @@
 
 What is timed: ``compressor`` is selection of the kept rows; ``llm_forward`` is the language model and the head's
 last row, filling a cache; ``total`` is one stretch from the visual rows to the logits, so that putting the shorter
-prompt together counts too. Visual rows exist beforehand; see :mod:`prefill_prompt`.
+prompt together counts too. Visual rows exist beforehand, and so does the saliency of methods that rank by the tower's
+attention: their rows do not pay for reading it out, as those of the vLLM engine do. See :mod:`prefill_prompt`.
 """
 
 from __future__ import annotations
