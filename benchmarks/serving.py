@@ -7,6 +7,7 @@ request and nothing is answered from memory. "Vanilla" is ``vllm serve`` with vL
 from __future__ import annotations
 
 import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent))
 from bench_model import BenchModel
 from monitoring import parse_metrics
+from streaming import Answer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -93,6 +96,28 @@ class Server:
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")[:500]
             raise RuntimeError(f"the {self.kind} server answered {error.code}: {text} (log: {self.log})") from error
+
+
+def stream(server: Server, body: dict[str, Any]) -> Answer:
+    """Send one request over a fresh connection and read its answer as it comes.
+
+    Raises:
+        RuntimeError: the status is not 200.
+    """
+    host = urllib.parse.urlsplit(server.url).netloc
+    data = json.dumps(body).encode()
+    connection = http.client.HTTPConnection(host, timeout=600)
+    try:
+        answer = Answer(time.monotonic())
+        connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise RuntimeError(f"{server.kind} answered {response.status}: {response.read()[:500]!r} ({server.log})")
+        while data := response.read1(1 << 16):
+            answer.feed(data, time.monotonic())
+        return answer
+    finally:
+        connection.close()
 
 
 def free_port() -> int:

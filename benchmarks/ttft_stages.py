@@ -20,15 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import itertools
-import json
 import os
 import shlex
 import sys
 import tempfile
-import time
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,9 +38,9 @@ from clips import ClipShape, write_clips
 from harness import Sample, default_output, machine_name, table, write_results
 from report_blocks import save_picture
 from report_blocks.ttft_stages import picture
-from serving import KINDS, SERVED_NAME, Server, ServerOptions, file_server, running
+from serving import KINDS, SERVED_NAME, Server, ServerOptions, file_server, running, stream
 from stage_split import STAGES, SpanReader, split
-from streaming import Answer, chat_body
+from streaming import chat_body
 
 QUESTION = "What happens?"
 # Histogram sums whose growth over the timed requests is reported beside ours, in seconds.
@@ -54,28 +50,6 @@ OWN_METRICS = {
     "ttft": "vllm:time_to_first_token_seconds_sum",
     "compress": "score_compressor_seconds_sum",
 }
-
-
-def stream(server: Server, body: dict[str, Any]) -> Answer:
-    """Send one request over a fresh connection and read its answer as it comes.
-
-    Raises:
-        RuntimeError: the status is not 200.
-    """
-    host = urllib.parse.urlsplit(server.url).netloc
-    data = json.dumps(body).encode()
-    connection = http.client.HTTPConnection(host, timeout=600)
-    try:
-        answer = Answer(time.monotonic())
-        connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"{server.kind} answered {response.status}: {response.read()[:500]!r} ({server.log})")
-        while data := response.read1(1 << 16):
-            answer.feed(data, time.monotonic())
-        return answer
-    finally:
-        connection.close()
 
 
 def check_answers(

@@ -110,3 +110,25 @@ def crosscheck_part(document: dict[str, Any], file: str) -> str:
 def crosscheck(results: dict[str, Any]) -> str:
     """Markdown of each results file."""
     return "\n\n".join(crosscheck_part(document, file) for file, document in results.items())
+
+
+def decode_part(document: dict[str, Any], file: str) -> str:
+    """One line per number of streams: the gap between tokens of each row as a multiple of vanilla's."""
+    by_key = {(row["streams"], row["row"]): row["gap_ms"]["median"] for row in document["rows"]}
+    names = [name for name in dict.fromkeys(name for _, name in by_key) if name != "vanilla"]
+    lines = []
+    for streams in dict.fromkeys(streams for streams, _ in by_key):
+        base = by_key[streams, "vanilla"]
+        lines.append([str(streams), *[f"{by_key[streams, name] / base:.2f}x" for name in names]])
+    arguments = document["arguments"]
+    caption = (
+        f"({arguments['max_tokens']} tokens per stream, medians of {arguments['repeats']} rounds; "
+        f"{document['environment']['machine']}; {document['model']}; {link(file)})"
+    )
+    return f"{table(['streams at once', *names], lines)}\n\n{caption}"
+
+
+@block("decode", "decode_*.json")
+def decode(results: dict[str, Any]) -> str:
+    """Markdown of each results file."""
+    return "\n\n".join(decode_part(document, file) for file, document in results.items())

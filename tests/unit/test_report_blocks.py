@@ -92,6 +92,14 @@ def test_crosscheck(benchmark_module: Callable[[str], ModuleType]) -> None:
     assert cells(text) == [["vanilla", "0.50x", "2.00x", "2.00x", "2.00x", "0 / 0"]]
 
 
+def test_decode(benchmark_module: Callable[[str], ModuleType]) -> None:
+    times = {("vanilla", 1): 20.0, ("SCORE 10%", 1): 10.0, ("vanilla", 4): 40.0, ("SCORE 10%", 4): 10.0}
+    rows = [{"row": name, "streams": streams, "gap_ms": sample(ms)} for (name, streams), ms in times.items()]
+    document = {**MACHINE, "arguments": {"max_tokens": "8", "repeats": "1"}, "rows": rows}
+    text = benchmark_module("report_blocks.load").decode_part(document, "decode_x.json")
+    assert cells(text) == [["1", "0.50x"], ["4", "0.25x"]]
+
+
 def test_public_accuracy(benchmark_module: Callable[[str], ModuleType]) -> None:
     """From what the public runner writes, withheld figures included."""
     Accuracy = importlib.import_module("benchmarks.public.scoring").Accuracy

@@ -15,6 +15,7 @@ _path = list(sys.path)
 sys.path += [str(BENCHMARKS), str(BENCHMARKS / "load")]
 try:
     import aggregate
+    import decode
     import drive
     import engine_process
     import longest_video
@@ -73,6 +74,14 @@ def test_token_ids_are_collected_where_they_were_asked_for() -> None:
         answer.feed(sse(piece, done=False), float(n))
     assert answer.ids == [5, 6, 7]
     assert make_answer().ids == []
+
+
+def test_only_gaps_while_all_streams_generate_count() -> None:
+    """The first stream's early gaps hold the second one's prefill; the second one's last gap is alone."""
+    first, second = streaming.Answer(0.0), streaming.Answer(0.0)
+    first.arrivals = [(1.0, 1), (4.0, 1), (5.0, 1), (6.0, 2)]
+    second.arrivals = [(4.0, 1), (5.0, 1), (6.0, 1), (6.25, 1)]
+    assert decode.shared_gaps([first, second]) == [1.0, 0.5, 0.5, 1.0, 1.0]
 
 
 def test_problems_are_named() -> None:
