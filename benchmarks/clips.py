@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -40,6 +41,13 @@ class ClipShape:
 
     def __str__(self) -> str:
         return f"{self.frames} frames of {self.width}x{self.height}"
+
+
+def add_clip_arguments(parser: argparse.ArgumentParser, frames: int) -> None:
+    """``--frames``, ``--height`` and ``--width``: the shape of a clip, the same in every serving benchmark."""
+    parser.add_argument("--frames", type=int, default=frames)
+    parser.add_argument("--height", type=int, default=336)
+    parser.add_argument("--width", type=int, default=448)
 
 
 def draw_frames(shape: ClipShape, seed: int) -> np.ndarray:

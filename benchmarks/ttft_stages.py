@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from bench_model import add_arguments, resolve_model
-from clips import ClipShape, write_clips
+from clips import ClipShape, add_clip_arguments, write_clips
 from harness import Sample, default_output, machine_name, table, write_results
 from report_blocks import save_picture
 from report_blocks.ttft_stages import picture
@@ -154,9 +154,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--ratios", default="1.0,0.4,0.25,0.1", help="comma-separated, each in (0, 1]")
-    parser.add_argument("--frames", type=int, default=32)
-    parser.add_argument("--height", type=int, default=336)
-    parser.add_argument("--width", type=int, default=448)
+    add_clip_arguments(parser, frames=32)
     parser.add_argument("--repeats", type=int, default=10, help="clips; each goes through every row")
     parser.add_argument("--server-args", default="", help="further options for both servers, in one quoted string")
     parser.add_argument("--output", type=Path, default=None, help="results file; the picture goes beside it as .png")

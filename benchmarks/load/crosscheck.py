@@ -24,7 +24,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from aggregate import aggregate
 from bench_model import add_arguments, resolve_model
-from clips import ClipShape, write_clips
+from clips import ClipShape, add_clip_arguments, write_clips
 from harness import default_output, machine_name, table, write_results
 from plan import Target, make_requests, question, run_locust
 from serving import SERVED_NAME, VLLM_CLI, Server, ServerOptions, running
@@ -111,9 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--height", type=int, default=336)
-    parser.add_argument("--width", type=int, default=448)
+    add_clip_arguments(parser, frames=16)
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--output", type=Path, default=None, help="results file")
     parser.add_argument("--quick", action="store_true", help="small clips, few requests: does it all work?")

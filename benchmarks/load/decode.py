@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from bench_model import add_arguments, resolve_model
-from clips import ClipShape, write_clips
+from clips import ClipShape, add_clip_arguments, write_clips
 from harness import Sample, default_output, machine_name, table, write_results
 from serving import KINDS, SERVED_NAME, Server, ServerOptions, running, stream
 from streaming import Answer, chat_body
@@ -92,9 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--ratios", default="0.4,0.25,0.1", help="comma-separated, each in (0, 1]")
     parser.add_argument("--streams", default="1,4,16", help="streams at once, comma-separated")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--height", type=int, default=336)
-    parser.add_argument("--width", type=int, default=448)
+    add_clip_arguments(parser, frames=16)
     parser.add_argument("--max-tokens", type=int, default=64, help="generated per stream")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--output", type=Path, default=None, help="results file")

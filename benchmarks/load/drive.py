@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from aggregate import aggregate, by_ratio, verdicts
 from bench_model import add_arguments, resolve_model
-from clips import ClipShape, write_clips
+from clips import ClipShape, add_clip_arguments, write_clips
 from harness import default_output, machine_name, table, write_results
 from monitoring import Monitor
 from plan import Target, make_requests, question, run_locust
@@ -138,9 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--ratios", default="0.4,0.25,0.1", help="comma-separated, each in (0, 1)")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="users, comma-separated")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--height", type=int, default=336)
-    parser.add_argument("--width", type=int, default=448)
+    add_clip_arguments(parser, frames=16)
     parser.add_argument("--max-tokens", type=int, default=16, help="generated per request")
     parser.add_argument("--per-user", type=int, default=2, help="requests per user and level, at least")
     parser.add_argument("--minimum", type=int, default=8, help="requests per level, at least")

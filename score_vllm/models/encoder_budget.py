@@ -72,8 +72,7 @@ class EncodedTokensCacheManager(EncoderCacheManager):
         """As vLLM's; from here on the video counts until the end of the step."""
         super().allocate(request, input_id)
         key = request.request_id, input_id
-        self._in_hand.pop(key, None)
-        self._scheduled[key] = self._surcharge(request, input_id)
+        self._scheduled[key] = self._in_hand.pop(key, 0)
 
     def get_freed_mm_hashes(self) -> list[str]:
         """As vLLM's. The scheduler calls it once, at the end of every step."""
