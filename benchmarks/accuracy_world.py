@@ -26,12 +26,12 @@ from report_blocks.accuracy import accuracy_table, picture
 from tqdm import tqdm
 
 from score_vllm import RetentionPolicy, VideoGrid, select_tokens
-from score_vllm.features import VisionTower
-from score_vllm.train.demo_language import Words, forward
-from score_vllm.train.demo_vision import through_codec
-from score_vllm.train.question_blocks import blocks_right
-from score_vllm.train.world import make_clip
-from score_vllm.train.world_render import render
+from score_vllm.train.world.language_stage import Words, forward
+from score_vllm.train.world.question_blocks import blocks_right
+from score_vllm.train.world.render import render
+from score_vllm.train.world.scenes import make_clip
+from score_vllm.train.world.vision_stage import through_codec
+from score_vllm.vision.tower import VisionTower
 
 METHODS = ("random", "uniform", "evs", "vidcom2", "fastvid", "holitom", "dycoke")
 
@@ -58,7 +58,7 @@ class Contender:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the world benchmark."""
-    parser.add_argument("--model", default="demo", help="'demo' or a directory trained by score_vllm.train.demo_vlm")
+    parser.add_argument("--model", default="demo", help="'demo' or a directory trained by score_vllm.train.world.vlm")
     parser.add_argument(
         "--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it"
     )

@@ -118,11 +118,11 @@ class Case:
             SystemExit: a result is wrong.
         """
         x = self.tokens[0]
-        out = ops.compress(x, self.weights, self.k, self.positions)
+        out = ops.select_rows(x, self.weights, self.k, self.positions)
         want = exact_scores(x, self.weights)
         ours = float((out.scores.double() - want).abs().max())
         plain = float((naive(x, self.weights, self.k, self.channels)[2].double() - want).abs().max())
-        if ops.last_backend("compress") != backend:
+        if ops.last_backend("select_rows") != backend:
             raise SystemExit(f"{ops.last_backend('compress')} ran where {backend} should have")
         if not ours <= 2 * plain or bool(out.has_nan):
             raise SystemExit(f"scores are wrong: {ours:.2e} from fp64, plain torch {plain:.2e}")
@@ -226,11 +226,11 @@ def gpu_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     concatenated = torch.randn(case.total, 2 * args.hidden, dtype=torch.bfloat16, device=device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = ops.compress(case.tokens[0], case.weights, case.k, case.positions)
+        held = ops.select_rows(case.tokens[0], case.weights, case.k, case.positions)
     graph.replay()
     scores, some = held.scores.clone(), held.indices.clone()
     calls: dict[str, Callable[[], object]] = {
-        "ours": lambda: ops.compress(case.x(), case.weights, case.k, case.positions),
+        "ours": lambda: ops.select_rows(case.x(), case.weights, case.k, case.positions),
         "ours, CUDA graph": graph.replay,
         "ours: score": lambda: score_kernel.score_partials(case.x(), case.weights),
         "top-k alone": lambda: ops.topk(scores, case.k),
@@ -254,7 +254,7 @@ def cpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             w = case.weights
             parts = (w.w_in, w.b_in, w.w_out, w.b_out)
             calls: dict[str, Callable[[], object]] = {
-                "ours": functools.partial(ops.compress, case.tokens[0], w, case.k, case.positions),
+                "ours": functools.partial(ops.select_rows, case.tokens[0], w, case.k, case.positions),
                 "ours: score": functools.partial(ops.score, case.tokens[0], *parts),
                 "reference: score": functools.partial(reference.score, case.tokens[0], *parts),
                 "torch": functools.partial(naive, case.tokens[0], w, case.k, case.channels),
@@ -291,7 +291,7 @@ def tune(args: argparse.Namespace) -> list[dict[str, Any]]:
             scores = call().sum(0)
         except OutOfResources:
             continue
-        if float((scores - ops.compress(case.tokens[0], case.weights, 1).scores).abs().max()) > 1e-4:
+        if float((scores - ops.select_rows(case.tokens[0], case.weights, 1).scores).abs().max()) > 1e-4:
             raise SystemExit(f"{config} gives other scores")
         calls[str(config) + (" (committed)" if config == base else "")] = call
     samples = measure(calls, args.repeats, time_gpu, "tune")

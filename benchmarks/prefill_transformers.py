@@ -16,11 +16,11 @@ from harness import Stopwatch
 from prefill_presets import Prepared
 from prefill_prompt import Prompt, build_prompt, visual_rows
 
-from score_vllm.compressor import select_retained
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PositionTable
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import temporal_offsets, unpack_offsets, video_offsets
+from score_vllm.select import select_retained
 
 SECONDS_PER_CELL = 1.0
 # Methods whose kept rows absorb others; the rest hand over the rows that they keep.
@@ -148,7 +148,7 @@ class TransformersEngine:
             table = None
             if not self.by_cell:
                 table = PositionTable(torch.from_numpy(temporal_offsets(grid.t, self.t_factor)), grid.h, grid.w)
-            out = ops.compress(x, self.weights, keep, table)
+            out = ops.select_rows(x, self.weights, keep, table)
             indices, rows = out.indices, out.buffer[:, :width]
             if table is not None:
                 offsets = unpack_offsets(out.buffer[:, width:])

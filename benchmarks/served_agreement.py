@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from score_vllm import RetentionPolicy, select_tokens
 from score_vllm.demo import ensure_demo
-from score_vllm.features import VisionTower
-from score_vllm.train.demo_language import Words, forward
-from score_vllm.train.question_blocks import blocks_right
-from score_vllm.train.world import make_clip
-from score_vllm.train.world_render import render, write_clip
+from score_vllm.train.world.language_stage import Words, forward
+from score_vllm.train.world.question_blocks import blocks_right
+from score_vllm.train.world.render import render, write_clip
+from score_vllm.train.world.scenes import make_clip
 from score_vllm.video import decode_video
+from score_vllm.vision.tower import VisionTower
 
 
 @contextmanager

@@ -14,21 +14,21 @@ from typing import NamedTuple
 
 import torch
 
-from score_vllm.kernels import blocked, reference
+from score_vllm.kernels import reference, torch_blocked
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable, pack_weights
 
 __all__ = [
     "BACKENDS",
-    "Compressed",
     "PolicyWeights",
     "PositionTable",
+    "SelectedRows",
     "backend_for",
-    "compress",
     "force_backend",
     "gather",
     "last_backend",
     "pack_weights",
     "score",
+    "select_rows",
     "topk",
     "warm_up",
 ]
@@ -39,8 +39,8 @@ _forced: str | None = None
 _last: dict[str, str] = {}
 
 
-class Compressed(NamedTuple):
-    """What :func:`compress` returns.
+class SelectedRows(NamedTuple):
+    """What :func:`select_rows` returns.
 
     Attributes:
         buffer: [K, D + C] in the dtype of the tokens: kept rows, then their channels.
@@ -70,7 +70,7 @@ def _triton_runs_on(device: torch.device) -> bool:
 
 
 def last_backend(operation: str) -> str | None:
-    """Which backend ran the last call of ``"score"``, ``"topk"``, ``"gather"`` or ``"compress"`` in this process.
+    """Which backend ran the last call of ``"score"``, ``"topk"``, ``"gather"`` or ``"select_rows"`` in this process.
 
     Returns:
         ``"triton"``, ``"torch"``, or None where the operation has not run.
@@ -150,7 +150,7 @@ def score(
 ) -> torch.Tensor:
     """Retention logits (paper eq. 2-4 without the sigmoid). See :func:`score_vllm.kernels.reference.score`.
 
-    Not differentiable. Weights of another dtype are cast at every call; :func:`compress` takes them packed.
+    Not differentiable. Weights of another dtype are cast at every call; :func:`select_rows` takes them packed.
 
     Args:
         x: [T, N, D] bf16, fp16 or fp32, any strides; not copied.
@@ -167,7 +167,7 @@ def score(
     _check_weights(x, weights)
     with torch.no_grad():
         if _choose("score", x) == "torch":
-            return blocked.score(x, weights)
+            return torch_blocked.score(x, weights)
         from score_vllm.kernels import score as kernel
 
         with _on(x):
@@ -218,16 +218,16 @@ def gather(
     if indices.ndim != 1 or indices.dtype != torch.int64:
         raise ValueError(f"indices must be [K] int64, got {tuple(indices.shape)} {indices.dtype}")
     if _choose("gather", x) == "torch":
-        return blocked.gather(x, indices, channels)
+        return torch_blocked.gather(x, indices, channels)
     from score_vllm.kernels import gather as kernel
 
     with _on(x):
         return kernel.gather(x, indices, channels)
 
 
-def compress(
+def select_rows(
     x: torch.Tensor, weights: PolicyWeights, k: int, positions: torch.Tensor | PositionTable | None = None
-) -> Compressed:
+) -> SelectedRows:
     """Score, keep the global top K, gather the rows and their positions: the serving path in one call.
 
     On CUDA this is one memset and six launches (score, three digits, compaction, gather). It can be captured in a
@@ -240,7 +240,7 @@ def compress(
         positions: as ``channels`` of :func:`gather`.
 
     Returns:
-        :class:`Compressed`: ``buffer`` [K, D + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
+        :class:`SelectedRows`: ``buffer`` [K, D + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
 
     Raises:
         ValueError: a shape, dtype, device or ``k`` does not fit.
@@ -251,25 +251,25 @@ def compress(
     if not 1 <= k <= x.shape[0] * x.shape[1]:
         raise ValueError(f"k must be in [1, {x.shape[0] * x.shape[1]}], got {k}")
     with torch.no_grad():
-        if _choose("compress", x) == "torch":
-            scores = blocked.score(x, weights)
+        if _choose("select_rows", x) == "torch":
+            scores = torch_blocked.score(x, weights)
             indices, has_nan = reference.topk(scores, k)
-            return Compressed(blocked.gather(x, indices, positions), indices, has_nan, scores)
+            return SelectedRows(torch_blocked.gather(x, indices, positions), indices, has_nan, scores)
         from score_vllm.kernels import gather as gather_kernel
         from score_vllm.kernels import score as score_kernel
         from score_vllm.kernels import topk as topk_kernel
 
         with _on(x):
             indices, has_nan, scores = topk_kernel.select(score_kernel.score_partials(x, weights), k)
-            return Compressed(gather_kernel.gather(x, indices, positions), indices, has_nan, scores)
+            return SelectedRows(gather_kernel.gather(x, indices, positions), indices, has_nan, scores)
 
 
 def warm_up(weights: PolicyWeights) -> None:
-    """Compile what :func:`compress` will launch for these weights, so that no request waits for the compiler.
+    """Compile what :func:`select_rows` will launch for these weights, so that no request waits for the compiler.
 
     The kernels depend on dtype, D, H and device, not on the video's size; one tiny video compiles them all.
     Tokens that are not whole 16-byte aligned rows use a second variant, compiled when they first appear.
     """
     x = torch.zeros(2, 1, weights.hidden_size, dtype=weights.w_in.dtype, device=weights.w_in.device)
     table = PositionTable(torch.zeros(2, dtype=torch.int64, device=x.device), 1, 1)
-    compress(x, weights, 1, table)
+    select_rows(x, weights, 1, table)

@@ -4,8 +4,8 @@ The names below are the library's public surface; importing them needs neither v
 """
 
 from score_vllm.budget import num_retained_tokens
-from score_vllm.compressor import select_tokens
 from score_vllm.policy import RetentionPolicy
+from score_vllm.select import select_tokens
 from score_vllm.types import TokenSelection, VideoGrid
 
 __version__ = "0.1.0"

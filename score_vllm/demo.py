@@ -99,7 +99,7 @@ def cache_directory() -> Path:
 def demo_model() -> Path:
     """The embedded demo model: a Qwen2.5-VL of 2.5 M parameters, trained from scratch on a synthetic world.
 
-    ``python -m score_vllm.train.demo_vlm`` made it; ``training.json`` beside the weights says how well it answers.
+    ``python -m score_vllm.train.world`` made it; ``training.json`` beside the weights says how well it answers.
 
     Returns:
         Its directory, inside the installed package.

@@ -8,8 +8,9 @@ from typing import Any
 
 from score_vllm import methods
 from score_vllm.budget import check_retention_ratio
-from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
-from score_vllm.server.options import LOADERS, SHORT_NAMES, TRAINING_FREE_METHOD
+from score_vllm.catalog import SHORT_NAMES
+from score_vllm.server.options import LOADERS, TRAINING_FREE_METHOD
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 PROG = "score-serve"
 USAGE = "score-serve --model MODEL [--retention RATIO] [SCORE options] [options of vLLM's server]"

@@ -8,9 +8,10 @@ import os
 import sys
 import tempfile
 
+from score_vllm.catalog import DEMO, UsageError
 from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.server.arguments import build_parser, check_early
-from score_vllm.server.options import DEMO, UsageError, check_plugins, configure
+from score_vllm.server.options import check_plugins, configure
 
 # Addresses that mean "all of them": a client needs one that it can connect to.
 WILDCARD_HOSTS = (None, "", "0.0.0.0", "::")

@@ -26,14 +26,14 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
-from score_vllm import plugin, video_process
+from score_vllm import plugin
 from score_vllm.config import ServingConfig
 from score_vllm.models.processing import METHOD_KEY, RATIO_KEY, REPORT_KEY, CompressionProcessorMixin, VideoReport
 from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import metrics
 from score_vllm.server.protocol import FIELD, METHOD_FIELD, ScoreChatCompletionRequest
-from score_vllm.video import VideoError
+from score_vllm.video import VideoError, sandbox
 
 CHAT_PATH = "/v1/chat/completions"
 UNCOUNTED_PATHS = frozenset({"/tokenize", "/v1/messages/count_tokens"})
@@ -299,7 +299,7 @@ class ScoreEndpointPlugin:
         if serving is None:
             return
         await _verify(engine_client, serving)
-        video_process.start()
+        sandbox.start()
         _hook_renderer(engine_client.renderer)
         if (directory := os.environ.get(STATS_VARIABLE)) is not None:
             metrics.expose_compressor_seconds(Path(directory))

@@ -1,25 +1,20 @@
-"""What the operator's options come to: vLLM's arguments, filled from ours, or one sentence that says what is wrong."""
+"""Fills vLLM's arguments from score-serve's options; refuses what cannot work, in one sentence."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import socket
-from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from score_vllm import plugin
+from score_vllm.catalog import TRAIN_COMMAND, ResolvedModel, UsageError, resolve_model
 from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
-from score_vllm.demo import demo_clip, ensure_demo
 from score_vllm.models.worker import WORKER_EXTENSION
-from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
-SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
-DEMO = "demo"
 TRAINING_FREE_METHOD = "vidcom2"
-TRAIN_COMMAND = "python -m score_vllm.train --config train/configs/qwen2_5_vl_7b.toml"
 # Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
 DEFAULT_ON_GROUPS = (
     "vllm.general_plugins",
@@ -30,38 +25,6 @@ DEFAULT_ON_GROUPS = (
 LOADERS = {"pyav": "score_pyav", "decord": "score_decord", "vllm": None}
 MAX_DOWNLOAD_BYTES = 1 << 30
 MAX_VIDEOS_PER_PROMPT = 8
-
-
-class UsageError(Exception):
-    """An operator's mistake; its message is the one sentence that is printed."""
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What ``--model`` stands for."""
-
-    path: str
-    served_names: list[str]
-    demo_policy: str | None = None
-    demo_clip: Path | None = None
-
-
-def resolve_model(name: str) -> ResolvedModel:
-    """Turn ``demo`` and short names into what vLLM loads; the typed name stays usable in requests."""
-    if name == DEMO:
-        model, policy = ensure_demo()
-        return ResolvedModel(str(model), [DEMO], str(policy), demo_clip())
-    if name in SHORT_NAMES:
-        return ResolvedModel(SHORT_NAMES[name], [name, SHORT_NAMES[name]])
-    if looks_short := [known for known in SHORT_NAMES if known.lower() == name.lower()]:
-        raise UsageError(f"--model {name!r} is not known; did you mean {looks_short[0]!r}?")
-    # A hub id is owner/name. Anything else must be here: asking the hub for it would only take time.
-    if not Path(name).expanduser().is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UsageError(
-            f"--model {name!r} is no directory, no hub id (owner/name) and no short name "
-            f"({', '.join([DEMO, *SHORT_NAMES])})"
-        )
-    return ResolvedModel(name, [name])
 
 
 def choose_method(method: str | None, policy: str | None, allowed: tuple[str, ...] = ()) -> tuple[str, str | None]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from score_vllm.train.config import TrainSettings, load_settings
 from score_vllm.train.curriculum import open_stage
-from score_vllm.train.engine import FrozenVLM
-from score_vllm.train.samples import BrokenSampleError
+from score_vllm.train.data.sample import BrokenSampleError
+from score_vllm.train.frozen.model import FrozenVLM
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
 from score_vllm.train.trainer import Trainer, make_policy

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from score_vllm.train.rollout import OBJECTIVES
+from score_vllm.train.data.config import SourceConfig
+from score_vllm.train.objective.rollout import OBJECTIVES
 from score_vllm.train.schema import assign, bounded, build, choice, parse_override, read_toml
-from score_vllm.train.source_config import SourceConfig
 
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from score_vllm.train.config import StageSettings
-from score_vllm.train.data import open_mixed
-from score_vllm.train.engine import Engine
-from score_vllm.train.feature_cache import CachedSample, FeatureCache
-from score_vllm.train.samples import BrokenSampleError, SampleSource, TrainingSample
+from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
+from score_vllm.train.data.sources import open_mixed
+from score_vllm.train.frozen.feature_cache import CachedSample, FeatureCache
+from score_vllm.train.frozen.model import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def open_stage(stage: StageSettings, seed: int) -> SampleSource:
     """The mixture of a stage's sources.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`score_vllm.train.data.open_mixed`, with the stage's name before it.
+        FileNotFoundError, ValueError: as :func:`~score_vllm.train.data.sources.open_mixed`, with the stage named.
     """
     try:
         source = open_mixed(stage.sources, seed)

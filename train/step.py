@@ -8,11 +8,11 @@ import torch
 
 from score_vllm.policy import RetentionPolicy
 from score_vllm.train.config import RolloutSettings
-from score_vllm.train.engine import Engine
-from score_vllm.train.feature_cache import CachedSample
-from score_vllm.train.loss import bernoulli_entropy, choice_entropy, policy_loss
-from score_vllm.train.reward import performance_reward
-from score_vllm.train.rollout import draw_ratio, sample_bernoulli, sample_exact
+from score_vllm.train.frozen.feature_cache import CachedSample
+from score_vllm.train.frozen.model import Engine
+from score_vllm.train.objective.loss import bernoulli_entropy, choice_entropy, policy_loss
+from score_vllm.train.objective.reward import performance_reward
+from score_vllm.train.objective.rollout import draw_ratio, sample_bernoulli, sample_exact
 
 METRICS = (
     "loss",

@@ -15,11 +15,11 @@ from score_vllm.policy import RetentionPolicy
 from score_vllm.train import checkpoint
 from score_vllm.train.config import StageSettings, TrainSettings, differences
 from score_vllm.train.curriculum import SourceOpener, StageData, open_stage
-from score_vllm.train.engine import Engine
-from score_vllm.train.feature_cache import FeatureCache
+from score_vllm.train.frozen.feature_cache import FeatureCache
+from score_vllm.train.frozen.model import Engine
+from score_vllm.train.objective.rollout import noise_generator
 from score_vllm.train.optimizer import learning_rate_factor, make_optimizer
 from score_vllm.train.provenance import provenance
-from score_vllm.train.rollout import noise_generator
 from score_vllm.train.step import METRICS, sample_step
 from score_vllm.train.stopping import CollapseWatch, StopSignal, TrainingStoppedError
 from score_vllm.train.tracking import LOG_NAME, RunLog, start_trackers

@@ -27,7 +27,6 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from score_vllm import methods
-from score_vllm.compressor import select_retained
 from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
@@ -43,6 +42,7 @@ from score_vllm.positions import (
     unpack_offsets,
     video_offsets,
 )
+from score_vllm.select import select_retained
 from score_vllm.types import VideoGrid
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class VideoCompressor:
             video = x.view(grid.t, grid.tokens_per_frame, x.shape[-1])
             if method == "score":
                 table = PositionTable(torch.from_numpy(temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
-                out = ops.compress(video, self._policy_weights(x.dtype, x.device), num_retained, table)
+                out = ops.select_rows(video, self._policy_weights(x.dtype, x.device), num_retained, table)
                 self._count_nan(out.has_nan)
                 return out.buffer
             kept, has_nan = select_retained(video, num_retained, method, saliency=saliency)

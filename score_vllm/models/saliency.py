@@ -1,7 +1,7 @@
 """Per-token saliency from the vision tower's last full attention, for the methods that rank by it.
 
-See :mod:`score_vllm.saliency` for what it is. vLLM's tower returns no attention, so a hook keeps the rotated queries
-and keys of one block. It is installed only where a served method needs it.
+See :mod:`score_vllm.vision.saliency` for what it is. vLLM's tower returns no attention: a hook keeps the queries
+and keys of one block after rotation. It is installed only where a served method needs it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
-from score_vllm.saliency import frame_saliency
 from score_vllm.types import VideoGrid
+from score_vllm.vision.saliency import frame_saliency
 
 
 def check_saliency_config(config: Any) -> None:

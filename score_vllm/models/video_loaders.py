@@ -11,9 +11,9 @@ from PIL import Image
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
-from score_vllm.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
-from score_vllm.video import DecodedVideo, DecodeLimits, VideoError, probe_video
-from score_vllm.video_process import decode_video_isolated
+from score_vllm.video.decode import DecodedVideo, DecodeLimits, VideoError, probe_video
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
+from score_vllm.video.sandbox import decode_video_isolated
 
 PYAV_LOADER = "score_pyav"
 DECORD_LOADER = "score_decord"
@@ -30,7 +30,7 @@ def _limits(options: dict[str, Any]) -> DecodeLimits:
 
 @VIDEO_LOADER_REGISTRY.register(PYAV_LOADER)
 class PyAVVideoLoader(VideoLoader):
-    """Pull-based decoding under limits, in a process of its own; see :mod:`score_vllm.video_process`."""
+    """Pull-based decoding under limits, in a process of its own; see :mod:`score_vllm.video.sandbox`."""
 
     @classmethod
     def load_bytes(

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("httpx")
 from score_vllm import num_retained_tokens
-from score_vllm.train.caption_filters import REASONS
-from score_vllm.train.data import SourceConfig, open_source
+from score_vllm.train.annotate.filters import REASONS
+from score_vllm.train.data.sources import SourceConfig, open_source
 
 from .conftest import API_KEY, ROOT, Server
 

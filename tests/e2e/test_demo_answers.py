@@ -26,7 +26,7 @@ def ask(server: Any, clip: Path, question: str, ratio: float) -> str:
 
 @pytest.mark.parametrize("ratio", [1.0, 0.1])
 def test_first_questions_of_a_newcomer_are_answered(server: Any, ratio: float) -> None:
-    from score_vllm.train.world import make_clip
+    from score_vllm.train.world.scenes import make_clip
 
     clip = shutil.copy(demo.demo_clip(), server.media / "demo.mp4")
     _, asked = make_clip("demo", demo.CLIP_INDEX)
@@ -38,11 +38,11 @@ def test_served_answers_are_the_transformers_paths(server: Any) -> None:
     """Where the transformers path is sure (float32 there, the server's own dtype here), the server says the same."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-    from score_vllm.features import VisionTower
-    from score_vllm.train.demo_language import Words, forward
-    from score_vllm.train.world import make_clip
-    from score_vllm.train.world_render import render, write_clip
+    from score_vllm.train.world.language_stage import Words, forward
+    from score_vllm.train.world.render import render, write_clip
+    from score_vllm.train.world.scenes import make_clip
     from score_vllm.video import decode_video
+    from score_vllm.vision.tower import VisionTower
 
     model_dir, policy_dir = demo.ensure_demo()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from score_vllm import RetentionPolicy, VideoGrid, positions, select_tokens
-from score_vllm.kernels import blocked, ops, reference
+from score_vllm.kernels import ops, reference, torch_blocked
 
 pytestmark = pytest.mark.gpu
 
@@ -48,9 +48,9 @@ def exact(x: torch.Tensor, weights: ops.PolicyWeights) -> torch.Tensor:
 def test_every_width_at_the_paper_s_hidden_size(h, dtype, device):
     x = torch.randn(7, 391, D, device=device).to(dtype)
     weights = policy_weights(device, h=h, dtype=dtype)
-    got = ops.compress(x, weights, 100).scores
+    got = ops.select_rows(x, weights, 100).scores
     want = exact(x, weights)
-    plain = blocked.score(x, weights)
+    plain = torch_blocked.score(x, weights)
     error = (got.double() - want).abs().max()
     assert error <= max(2 * float((plain.double() - want).abs().max()), 1e-5)
 
@@ -58,7 +58,7 @@ def test_every_width_at_the_paper_s_hidden_size(h, dtype, device):
 def test_equal_tokens_tie_in_whole_and_cut_tiles(device):
     # 42,566 tokens of one repeated frame: tiles of both shapes see the same tokens.
     frame = torch.randn(1, 1183, D, device=device).to(torch.bfloat16)
-    scores = ops.compress(frame.expand(36, -1, -1).contiguous(), policy_weights(device), 1).scores.view(36, 1183)
+    scores = ops.select_rows(frame.expand(36, -1, -1).contiguous(), policy_weights(device), 1).scores.view(36, 1183)
     assert torch.equal(scores[1:], scores[1].expand(35, -1))
 
 
@@ -81,15 +81,15 @@ def test_no_host_sync(device):
     x = torch.randn(grid.t, grid.tokens_per_frame, D, device=device).to(torch.bfloat16)
     weights = policy_weights(device)
     table = ops.PositionTable(torch.from_numpy(positions.temporal_offsets(grid.t, 2.0)), grid.h, grid.w)
-    ops.compress(x, weights, 288, table)
+    ops.select_rows(x, weights, 288, table)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = ops.compress(x, weights, 288, table)
+        out = ops.select_rows(x, weights, 288, table)
         ops.topk(out.scores, 17)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert ops.last_backend("compress") == "triton"
+    assert ops.last_backend("select_rows") == "triton"
     assert torch.equal(out.buffer, reference.gather(x, out.indices, table))
 
 
@@ -102,11 +102,11 @@ def test_cuda_graph_replays_on_new_tokens(device):
     x = torch.randn(shape, device=device).to(torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        ops.compress(x, weights, 302, table)
+        ops.select_rows(x, weights, 302, table)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        captured = ops.compress(x, weights, 302, table)
+        captured = ops.select_rows(x, weights, 302, table)
     for _ in range(3):
         x.copy_(torch.randn(shape, device=device))
         # Poison what the last replay wrote.
@@ -114,7 +114,7 @@ def test_cuda_graph_replays_on_new_tokens(device):
         captured.indices.fill_(-1)
         captured.scores.fill_(float("nan"))
         graph.replay()
-        eager = ops.compress(x, weights, 302, table)
+        eager = ops.select_rows(x, weights, 302, table)
         for name in ("buffer", "indices", "scores", "has_nan"):
             assert torch.equal(getattr(captured, name), getattr(eager, name)), name
     x[3, 4, 5] = float("nan")
@@ -126,11 +126,11 @@ def test_memory_beyond_outputs_is_under_a_twentieth_of_x(device):
     x = torch.randn(36, 1183, D, device=device, dtype=torch.bfloat16)
     weights = policy_weights(device)
     table = ops.PositionTable(torch.arange(36, device=device), 7, 169)
-    ops.compress(x, weights, 4258, table)
+    ops.select_rows(x, weights, 4258, table)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = ops.compress(x, weights, 4258, table)
+    out = ops.select_rows(x, weights, 4258, table)
     outputs = sum(tensor.nbytes for tensor in out)
     assert torch.cuda.max_memory_allocated() - before - outputs < 0.05 * x.nbytes
 
@@ -142,8 +142,8 @@ def test_more_than_31_bits_of_tokens(device):
         pytest.skip(f"needs 8 GiB of free GPU memory, {free / 2**30:.1f} are")
     x = torch.empty(575, 1183, D, device=device, dtype=torch.bfloat16).normal_()
     weights = policy_weights(device)
-    out = ops.compress(x, weights, 1000)
-    tail = ops.compress(x[-3:].clone(), weights, 1)
+    out = ops.select_rows(x, weights, 1000)
+    tail = ops.select_rows(x[-3:].clone(), weights, 1)
     assert torch.equal(out.scores.view(575, 1183)[-2:], tail.scores.view(3, 1183)[-2:])
     assert torch.equal(out.buffer, x.flatten(0, 1)[out.indices])
 
@@ -161,5 +161,5 @@ def test_tokens_on_another_device_than_the_current_one():
     other = torch.device("cuda:1")
     x = torch.randn(3, 50, D, device=other).to(torch.bfloat16)
     with torch.cuda.device(0):
-        out = ops.compress(x, policy_weights(other), 15)
+        out = ops.select_rows(x, policy_weights(other), 15)
     assert torch.equal(out.buffer, x.flatten(0, 1)[out.indices])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from score_vllm import RetentionPolicy, plugin
+from score_vllm import RetentionPolicy, catalog, plugin
 from score_vllm.server import arguments, cli, options
 
 
@@ -58,11 +58,11 @@ def test_defaults_are_the_documented_ones(parser: Any) -> None:
 
 @pytest.mark.parametrize("size", ["3B", "7B", "32B", "72B"])
 def test_short_names(size: str) -> None:
-    model = options.resolve_model(f"Qwen2.5-VL-{size}")
+    model = catalog.resolve_model(f"Qwen2.5-VL-{size}")
     assert model.path == f"Qwen/Qwen2.5-VL-{size}-Instruct"
     assert model.served_names == [f"Qwen2.5-VL-{size}", model.path]
-    with pytest.raises(options.UsageError, match="did you mean"):
-        options.resolve_model(f"qwen2.5-vl-{size}")
+    with pytest.raises(catalog.UsageError, match="did you mean"):
+        catalog.resolve_model(f"qwen2.5-vl-{size}")
 
 
 def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
@@ -108,7 +108,7 @@ def test_other_overrides_survive(parser: Any, tiny_model: Path, tiny_policy: Pat
 
 
 def refused(parser: Any, *argv: str) -> str:
-    with pytest.raises(options.UsageError) as caught:
+    with pytest.raises(catalog.UsageError) as caught:
         configure(parser, *argv)
     message = str(caught.value)
     assert "\n" not in message.strip()
@@ -223,8 +223,8 @@ def test_a_taken_port_is_said_before_loading(parser: Any) -> None:
 
 @pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "/no/where", "a/b/c"])
 def test_names_that_cannot_be_hub_ids_are_not_asked_for(name: str) -> None:
-    with pytest.raises(options.UsageError, match="is no directory, no hub id"):
-        options.resolve_model(name)
+    with pytest.raises(catalog.UsageError, match="is no directory, no hub id"):
+        catalog.resolve_model(name)
 
 
 @pytest.mark.parametrize(
@@ -250,5 +250,5 @@ def test_setting_the_allow_list_keeps_other_plugins(monkeypatch: pytest.MonkeyPa
 
 def test_a_missing_entry_point_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "entry_points", lambda **_: [])
-    with pytest.raises(options.UsageError, match="is missing"):
+    with pytest.raises(catalog.UsageError, match="is missing"):
         options.check_plugins()

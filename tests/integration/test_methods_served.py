@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
-from score_vllm.features import VisionTower
+from score_vllm.vision.tower import VisionTower
 
 from .conftest import Engine, make_video
 from .oracle import VisualItem, greedy

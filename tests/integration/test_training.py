@@ -20,7 +20,7 @@ from score_vllm import RetentionPolicy
 from score_vllm.train.__main__ import main, make_accelerator
 from score_vllm.train.checkpoint import checkpoints, load_checkpoint
 from score_vllm.train.config import TrainSettings, load_settings
-from score_vllm.train.engine import EncodedSample
+from score_vllm.train.frozen.model import EncodedSample
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.trainer import Trainer
 

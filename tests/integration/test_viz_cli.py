@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from score_vllm import RetentionPolicy
-from score_vllm.server import viz_cli
+from score_vllm.viz import cli as viz_cli
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ import torch
 from score_vllm.train import checkpoint
 from score_vllm.train.__main__ import make_accelerator, parse
 from score_vllm.train.config import StageSettings, load_settings
-from score_vllm.train.engine import EncodedSample
-from score_vllm.train.samples import BrokenSampleError, TrainingSample
+from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
+from score_vllm.train.frozen.model import EncodedSample
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.trainer import Trainer
 from score_vllm.types import VideoGrid

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from score_vllm.kernels import blocked, ops, reference
+from score_vllm.kernels import ops, reference, torch_blocked
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def seed() -> int:
 def gemm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """16-bit products in 16 bits, or in fp32 as on a CPU without the instructions."""
     if request.param == "upcast":
-        monkeypatch.setattr(blocked, "_gemm_dtype", lambda x: torch.float32)
+        monkeypatch.setattr(torch_blocked, "_gemm_dtype", lambda x: torch.float32)
     return request.param
 
 
@@ -128,11 +128,11 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize(("t", "n"), [(64, 64), (16, 256), (2, 2048), (4096, 1)])
 def test_score_needs_under_a_tenth_of_x(t, n, dtype):
     # Where the CPU has no bf16 product, blocks and weights are cast to fp32 and the smallest video is a larger one.
-    cast = blocked._gemm_dtype(torch.empty(0, dtype=dtype)) != dtype
+    cast = torch_blocked._gemm_dtype(torch.empty(0, dtype=dtype)) != dtype
     x, params = case(4 * t if cast else t, n, 512, 64, dtype)
     weights = ops.pack_weights(*params, dtype)
     with LiveBytes() as memory:
-        blocked.score(x, weights)
+        torch_blocked.score(x, weights)
     assert memory.peak > 0
     assert memory.peak < 0.1 * x.nbytes
     with LiveBytes() as naive:

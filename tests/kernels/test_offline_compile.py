@@ -197,7 +197,7 @@ def test_score_on_hopper_at_other_sizes(d, use_residual, launches):
 def test_selection_and_gather(arch, launches):
     x, weights = tokens_and_weights(torch.bfloat16, 512)
     with ops.force_backend("triton"):
-        ops.compress(x, weights, 2, ops.PositionTable(torch.zeros(2, dtype=torch.int64), 1, 3))
+        ops.select_rows(x, weights, 2, ops.PositionTable(torch.zeros(2, dtype=torch.int64), 1, 3))
         ops.gather(x, torch.zeros(2, dtype=torch.int64))
         ops.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
     names = [launch.kernel.__name__ for launch in launches]

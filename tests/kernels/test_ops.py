@@ -22,8 +22,8 @@ def weights(d: int = 16, h: int = 64, dtype: torch.dtype = torch.bfloat16, use_r
 def test_the_cpu_runs_torch_and_says_so():
     x = torch.randn(4, 6, 16).to(torch.bfloat16)
     assert ops.backend_for(x) == "torch"
-    ops.compress(x, weights(), 5)
-    assert ops.last_backend("compress") == "torch"
+    ops.select_rows(x, weights(), 5)
+    assert ops.last_backend("select_rows") == "torch"
     with ops.force_backend("triton"):
         assert ops.backend_for(x) == "triton"
         with ops.force_backend("torch"):
@@ -39,7 +39,7 @@ def test_compress_is_score_topk_gather(dtype):
     x = torch.randn(5, 12, 16).to(dtype)
     packed = weights(dtype=dtype)
     table = ops.PositionTable(torch.arange(5) * 300, 3, 4)
-    out = ops.compress(x, packed, 7, table)
+    out = ops.select_rows(x, packed, 7, table)
     assert torch.equal(out.scores, ops.score(x, packed.w_in, packed.b_in, packed.w_out, packed.b_out))
     indices, has_nan = ops.topk(out.scores, 7)
     assert torch.equal(out.indices, indices)
@@ -55,7 +55,7 @@ def test_compress_is_score_topk_gather(dtype):
 def test_compress_without_residual_or_positions():
     x = torch.randn(3, 4, 16)
     packed = weights(dtype=torch.float32, use_residual=False)
-    out = ops.compress(x, packed, 12)
+    out = ops.select_rows(x, packed, 12)
     assert torch.equal(out.buffer, x.reshape(12, 16))
     want = reference.score(x, packed.w_in, packed.b_in, packed.w_out, packed.b_out, use_residual=False)
     assert torch.allclose(out.scores, want, atol=1e-5)
@@ -64,7 +64,7 @@ def test_compress_without_residual_or_positions():
 def test_nan_is_reported():
     x = torch.randn(3, 4, 16).to(torch.bfloat16)
     x[0, 0, 0] = float("nan")
-    assert ops.compress(x, weights(), 3).has_nan
+    assert ops.select_rows(x, weights(), 3).has_nan
 
 
 @settings(max_examples=200, deadline=None)
@@ -102,16 +102,16 @@ def test_topk_is_a_stable_sort(values, data):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: ops.compress(x[0], weights(), 1), r"x must be a non-empty \[T, N, D\]"),
-        (lambda x: ops.compress(x[:0], weights(), 1), "non-empty"),
-        (lambda x: ops.compress(x.double(), weights(), 1), "bf16, fp16 or fp32"),
-        (lambda x: ops.compress(x.float(), weights(), 1), "packed as torch.bfloat16"),
-        (lambda x: ops.compress(x, weights(d=32), 1), "the policy reads D=32"),
-        (lambda x: ops.compress(x, weights(use_residual=False, d=32), 1), "the policy reads D=32"),
-        (lambda x: ops.compress(x, weights(), 0), r"k must be in \[1, 6\]"),
-        (lambda x: ops.compress(x, weights(), 7), r"k must be in \[1, 6\]"),
-        (lambda x: ops.compress(x, weights(), 1, torch.zeros(5, 9)), r"channels must be \[T \* N = 6, C\]"),
-        (lambda x: ops.compress(x, weights(), 1, ops.PositionTable(torch.arange(2), 2, 2)), "2 x 2 x 2 grid"),
+        (lambda x: ops.select_rows(x[0], weights(), 1), r"x must be a non-empty \[T, N, D\]"),
+        (lambda x: ops.select_rows(x[:0], weights(), 1), "non-empty"),
+        (lambda x: ops.select_rows(x.double(), weights(), 1), "bf16, fp16 or fp32"),
+        (lambda x: ops.select_rows(x.float(), weights(), 1), "packed as torch.bfloat16"),
+        (lambda x: ops.select_rows(x, weights(d=32), 1), "the policy reads D=32"),
+        (lambda x: ops.select_rows(x, weights(use_residual=False, d=32), 1), "the policy reads D=32"),
+        (lambda x: ops.select_rows(x, weights(), 0), r"k must be in \[1, 6\]"),
+        (lambda x: ops.select_rows(x, weights(), 7), r"k must be in \[1, 6\]"),
+        (lambda x: ops.select_rows(x, weights(), 1, torch.zeros(5, 9)), r"channels must be \[T \* N = 6, C\]"),
+        (lambda x: ops.select_rows(x, weights(), 1, ops.PositionTable(torch.arange(2), 2, 2)), "2 x 2 x 2 grid"),
         (lambda x: ops.gather(x, torch.zeros(1, dtype=torch.int32)), r"indices must be \[K\] int64"),
         (lambda x: ops.topk(torch.zeros(3), 4), r"k must be in \[1, 3\]"),
         (lambda x: ops.topk(torch.zeros(3, dtype=torch.float64), 1), r"\[M\] float32"),
@@ -147,7 +147,7 @@ def test_padding_keeps_the_policy():
     wider = packed.padded(64)
     assert wider.width == 128
     assert wider.padded(64) is wider
-    assert torch.allclose(ops.compress(x, packed, 1).scores, ops.compress(x, wider, 1).scores, atol=1e-5)
+    assert torch.allclose(ops.select_rows(x, packed, 1).scores, ops.select_rows(x, wider, 1).scores, atol=1e-5)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])

@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("httpx")
-from score_vllm.train import annotate as cli
-from score_vllm.train.data import SourceConfig, open_source
+from score_vllm.train.annotate import __main__ as cli
+from score_vllm.train.data.sources import SourceConfig, open_source
 from score_vllm.video import decode_video
 
 GOOD = "A bright square slowly crosses a dark and noisy ground from left to right, clip {name}."

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from score_vllm.train import annotation_log
-from score_vllm.train.annotation_log import AnnotationLog, LogError, Outcome, write_lines
+from score_vllm.train.annotate import log as annotation_log
+from score_vllm.train.annotate.log import AnnotationLog, LogError, Outcome, write_lines
 
 SETTINGS = {"model": "m", "ratio": None, "allow": ("a",)}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from score_vllm.train.caption_filters import REASONS, CaptionFilter, clean, repeated_part, words_of
+from score_vllm.train.annotate.filters import REASONS, CaptionFilter, clean, repeated_part, words_of
 
 PROMPT = "Describe this video in detail."
 GOOD = "A diver in a black suit swims along a reef, then turns towards a group of small yellow fish."

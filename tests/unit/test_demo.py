@@ -59,11 +59,11 @@ def test_demo_answers_about_its_clip() -> None:
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     from score_vllm import select_tokens
-    from score_vllm.features import VisionTower
-    from score_vllm.train.demo_language import Words, forward
-    from score_vllm.train.question_blocks import blocks_right
-    from score_vllm.train.world import make_clip
+    from score_vllm.train.world.language_stage import Words, forward
+    from score_vllm.train.world.question_blocks import blocks_right
+    from score_vllm.train.world.scenes import make_clip
     from score_vllm.video import decode_video
+    from score_vllm.vision.tower import VisionTower
 
     model_dir, policy_dir = demo.ensure_demo()
     scene, asked = make_clip("demo", demo.CLIP_INDEX)

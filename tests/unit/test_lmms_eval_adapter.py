@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from score_vllm.lmms_eval_adapter import (
+from score_vllm.integrations.lmms_eval.manifest import (
     Endpoint,
     EvaluationStopped,
     RequestError,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from score_vllm import methods, select_tokens
-from score_vllm.compressor import select_retained
+from score_vllm.select import select_retained
 
 X = torch.randn(9, 8, 6, generator=torch.Generator().manual_seed(0))
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
-from score_vllm.compressor import select_retained
 from score_vllm.methods import common as shared
 from score_vllm.methods import merging
+from score_vllm.select import select_retained
 
 PEERS = ("evs", "vidcom2", "fastvid", "holitom", "dycoke")
 SELECTING = ("evs", "vidcom2", "dycoke", "uniform", "random")

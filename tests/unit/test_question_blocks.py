@@ -10,8 +10,8 @@ import torch
 
 from score_vllm import VideoGrid, demo
 from score_vllm.positions import position_extent, video_offsets
-from score_vllm.train.equal_windows import batch_equal_windows
-from score_vllm.train.question_blocks import Block, block_logits, blocks_right, pack_blocks
+from score_vllm.train.world.equal_windows import batch_equal_windows
+from score_vllm.train.world.question_blocks import Block, block_logits, blocks_right, pack_blocks
 
 GRID = VideoGrid(3, 2, 4)
 PREFIX, SUFFIX = (5, 6, 7), (8,)

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from score_vllm.train import record_index, record_scan
-from score_vllm.train.record_index import FileReader, data_files, in_split, is_held_out, open_index
-from score_vllm.train.record_scan import parse_csv_row, scan_csv, scan_json_array, scan_lines
+from score_vllm.train.data import record_index, record_scan
+from score_vllm.train.data.record_index import FileReader, data_files, in_split, is_held_out, open_index
+from score_vllm.train.data.record_scan import parse_csv_row, scan_csv, scan_json_array, scan_lines
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from score_vllm.sampling import sample_frame_indices
-from score_vllm.train import clips as clips_module
-from score_vllm.train.clips import ClipReader, encode_mp4, fit_within, letterbox
-from score_vllm.train.data import SourceConfig, open_source
-from score_vllm.train.koala import parse_timestamps
-from score_vllm.train.records import RecordSource
-from score_vllm.train.samples import BrokenSampleError
+from score_vllm.train.data import clips as clips_module
+from score_vllm.train.data.clips import ClipReader, encode_mp4, fit_within, letterbox
+from score_vllm.train.data.koala import parse_timestamps
+from score_vllm.train.data.records import RecordSource
+from score_vllm.train.data.sample import BrokenSampleError
+from score_vllm.train.data.sources import SourceConfig, open_source
 from score_vllm.video import decode_video
+from score_vllm.video.sampling import sample_frame_indices
 
 MC = "What moves?\nA. A square.\nB. A dog.\nPlease respond with only the letter of the correct answer."
 

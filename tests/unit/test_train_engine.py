@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from score_vllm.positions import video_offsets
-from score_vllm.train import decoder
-from score_vllm.train.engine import EncodedSample, FrozenVLM
-from score_vllm.train.samples import BrokenSampleError, TrainingSample
+from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
+from score_vllm.train.frozen import decoder
+from score_vllm.train.frozen.model import EncodedSample, FrozenVLM
 
 
 def a_sample(frames: int = 8, **changes: object) -> TrainingSample:
@@ -69,7 +69,7 @@ def test_logits_in_pieces_give_the_same(
 ) -> None:
     kept = subsets(encoded.num_tokens)
     whole = engine.cross_entropy(encoded, kept)
-    monkeypatch.setattr("score_vllm.train.engine.LOGITS_AT_ONCE", 1000)
+    monkeypatch.setattr("score_vllm.train.frozen.model.LOGITS_AT_ONCE", 1000)
     torch.testing.assert_close(engine.cross_entropy(encoded, kept), whole, rtol=0, atol=1e-6)
 
 
@@ -79,7 +79,8 @@ def test_the_budget_bounds_what_runs_at_once(
     sizes = []
     run = decoder.answer_states
     monkeypatch.setattr(
-        "score_vllm.train.engine.answer_states", lambda lm, e, *rest: (sizes.append(e.shape[:2]), run(lm, e, *rest))[1]
+        "score_vllm.train.frozen.model.answer_states",
+        lambda lm, e, *rest: (sizes.append(e.shape[:2]), run(lm, e, *rest))[1],
     )
     kept = [torch.arange(0, encoded.num_tokens, 4)] * 32
     engine.cross_entropy(encoded, kept)

@@ -8,16 +8,22 @@ import math
 import pytest
 import torch
 
-from score_vllm.train.advantage import group_advantage, split_advantage
-from score_vllm.train.loss import (
+from score_vllm.train.objective.advantage import group_advantage, split_advantage
+from score_vllm.train.objective.loss import (
     bernoulli_entropy,
     bernoulli_log_probability,
     choice_entropy,
     plackett_luce_log_probability,
     policy_loss,
 )
-from score_vllm.train.reward import performance_reward, sparsity
-from score_vllm.train.rollout import draw_ratio, micro_batches, noise_generator, sample_bernoulli, sample_exact
+from score_vllm.train.objective.reward import performance_reward, sparsity
+from score_vllm.train.objective.rollout import (
+    draw_ratio,
+    micro_batches,
+    noise_generator,
+    sample_bernoulli,
+    sample_exact,
+)
 
 
 def close(found: torch.Tensor, wanted: list[float], atol: float = 1e-5) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from score_vllm.train import pseudo
-from score_vllm.train.data import SourceConfig, open_source
-from score_vllm.train.samples import BrokenSampleError
+from score_vllm.train.data import pseudo
+from score_vllm.train.data.sample import BrokenSampleError
+from score_vllm.train.data.sources import SourceConfig, open_source
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from score_vllm.train.data import MixedSource, SourceConfig, open_mixed, open_source
-from score_vllm.train.samples import BrokenSampleError, TrainingSample
-from score_vllm.train.source_config import KINDS
+from score_vllm.train.data.config import KINDS
+from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
+from score_vllm.train.data.sources import MixedSource, SourceConfig, open_mixed, open_source
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_open_mixed(tmp_path: Path) -> None:
 
 
 def test_world_kinds() -> None:
-    pytest.importorskip("score_vllm.train.world")
+    pytest.importorskip("score_vllm.train.world.scenes")
     for kind in ("world", "world-pseudo"):
         source = open_source(SourceConfig(kind, limit=3))
         assert len(source) == 3

@@ -19,8 +19,8 @@ from score_vllm.train.checkpoint import (
 )
 from score_vllm.train.config import CacheSettings, settings_from
 from score_vllm.train.curriculum import StageData
-from score_vllm.train.engine import EncodedSample
-from score_vllm.train.feature_cache import GIB, CachedSample, FeatureCache
+from score_vllm.train.frozen.feature_cache import GIB, CachedSample, FeatureCache
+from score_vllm.train.frozen.model import EncodedSample
 from score_vllm.train.stopping import CollapseWatch, TrainingStoppedError
 from score_vllm.types import VideoGrid
 

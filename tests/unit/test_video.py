@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from score_vllm import video as video_module
-from score_vllm import video_file
-from score_vllm.sampling import sample_frame_indices
-from score_vllm.video import DecodeLimits, VideoError, decode_video, probe_video
+from score_vllm.video import container
+from score_vllm.video import decode as video_module
+from score_vllm.video.decode import DecodeLimits, VideoError, decode_video, probe_video
+from score_vllm.video.sampling import sample_frame_indices
 
 
 @given(st.integers(1, 5000), st.floats(0.1, 240), st.floats(0, 60), st.integers(-1, 800))
@@ -147,7 +147,7 @@ def test_bad_limits(bad: object) -> None:
 def test_the_deadline_ends_the_work(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Time runs out in the middle of decoding: no frame after that is touched."""
     clock, frames_after = [0.0], []
-    monkeypatch.setattr(video_file.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(container.time, "monotonic", lambda: clock[0])
     original = video_module._upright_rgb
 
     def slow(frame: object, limits: DecodeLimits) -> np.ndarray:

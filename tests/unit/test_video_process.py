@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from score_vllm import video_process
-from score_vllm.video import DecodeLimits, VideoError, decode_video
-from score_vllm.video_process import decode_video_isolated
+from score_vllm.video import sandbox
+from score_vllm.video.decode import DecodeLimits, VideoError, decode_video
+from score_vllm.video.sandbox import decode_video_isolated
 
 MEBIBYTE = 1 << 20
 
@@ -103,18 +103,18 @@ def test_the_deadline_ends_a_call_that_does_not_return(clips: dict[str, Path]) -
 def test_a_crashed_server_process_is_started_again(clips: dict[str, Path]) -> None:
     data = clips["plain"].read_bytes()
     decode(data)
-    server = video_process.start()
+    server = sandbox.start()
     server._process.kill()
     server._process.wait()
     assert len(decode(data)) == 12
-    assert video_process.start() is not server
+    assert sandbox.start() is not server
 
 
 def test_the_server_process_ends_with_its_parent(clips: dict[str, Path], tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
-        "from score_vllm import video_process\n"
-        "server = video_process.start()\n"
+        "from score_vllm.video import sandbox\n"
+        "server = sandbox.start()\n"
         "server.connect().close()\n"
         "print(server._process.pid, server._folder, flush=True)\n"
         "os._exit(0)\n"
@@ -129,9 +129,9 @@ def test_the_server_process_ends_with_its_parent(clips: dict[str, Path], tmp_pat
 
 
 def test_stop_leaves_nothing_behind() -> None:
-    server = video_process.start()
+    server = sandbox.start()
     server.connect().close()
     folder = Path(server._folder)
-    video_process.stop()
+    sandbox.stop()
     assert not server.is_alive()
     assert not folder.exists()

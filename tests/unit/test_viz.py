@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from score_vllm import TokenSelection, VideoGrid, select_tokens, viz
-from score_vllm.painting import BAR_SHOWN, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, dim_dropped, outline_kept
+from score_vllm import TokenSelection, VideoGrid, select_tokens
+from score_vllm.viz import draw as viz
+from score_vllm.viz.paint import BAR_SHOWN, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, dim_dropped, outline_kept
 
 GRID = VideoGrid(t=5, h=4, w=6)
 FRAMES, HEIGHT, WIDTH = 10, 64, 96
@@ -136,7 +137,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("score_vllm.viz.os.replace", fail)
+    monkeypatch.setattr("score_vllm.viz.draw.os.replace", fail)
     (tmp_path / name).write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"):
         viz.draw(tmp_path / name, clip(), GRID, {"a": keep([0])})

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from score_vllm.train import world
-from score_vllm.train.world import Flash, Scene, Thing
-from score_vllm.train.world_render import FIRST_FLASH, plate, render, shape_mask, write_clip
+from score_vllm.train.world import scenes as world
+from score_vllm.train.world.render import FIRST_FLASH, plate, render, shape_mask, write_clip
+from score_vllm.train.world.scenes import Flash, Scene, Thing
 
 
 def scene_of(index: int, split: str = "test") -> Scene:

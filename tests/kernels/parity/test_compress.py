@@ -56,8 +56,8 @@ def test_compress_agrees_with_its_parts_and_the_reference(shape, dtype, device, 
     want = reference.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
     tolerance = 4e-6 * (1.0 + float(want.abs().max()))
     for k in sorted({1, max(1, t * n // 10), t * n}):
-        out = ops.compress(x, weights, k, table)
-        assert ops.last_backend("compress") == "triton"
+        out = ops.select_rows(x, weights, k, table)
+        assert ops.last_backend("select_rows") == "triton"
         assert not out.has_nan
         assert float((out.scores - want).abs().max()) <= tolerance
         assert torch.equal(out.indices, reference.topk(out.scores, k)[0])
@@ -74,11 +74,11 @@ def test_compress_reports_nan(device, seed):
     x = torch.randn(3, 10, 48, device=device).to(torch.bfloat16)
     weights = policy(48, 64, torch.bfloat16, device)
     x[1, 4, 7] = float("nan")
-    out = ops.compress(x, weights, 5)
+    out = ops.select_rows(x, weights, 5)
     assert bool(out.has_nan)
     assert not {14, 24} & set(out.indices.tolist())
 
 
 def test_warm_up_runs_every_kernel_once(device):
     ops.warm_up(policy(48, 64, torch.bfloat16, device))
-    assert ops.last_backend("compress") == "triton"
+    assert ops.last_backend("select_rows") == "triton"

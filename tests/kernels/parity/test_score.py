@@ -146,7 +146,7 @@ def test_strided_tokens_are_read_in_place(view, device, seed, monkeypatch):
         patch.setattr(torch.Tensor, "contiguous", refuse)
         patch.setattr(torch.Tensor, "clone", refuse)
         patch.setattr(torch.Tensor, "reshape", refuse)
-        got = ops.compress(x, weights, 1).scores
+        got = ops.select_rows(x, weights, 1).scores
     assert error(got, want) <= tolerance(x.dtype, want, 64)
 
 
@@ -159,7 +159,7 @@ def test_addresses_beyond_31_bits(n, device, seed):
     x = storage.as_strided((3, n, 48), (stride, 48, 1))
     x.copy_(torch.randn(3, n, 48))
     _, params = make((3, n, 48, 64), torch.bfloat16, device)
-    kept = ops.compress(x, ops.pack_weights(*params, x.dtype), 3 * n)
+    kept = ops.select_rows(x, ops.pack_weights(*params, x.dtype), 3 * n)
     want = exact(x.contiguous(), params)
     assert error(kept.scores, want) <= tolerance(x.dtype, want, 64)
     assert torch.equal(kept.buffer, x.reshape(3 * n, 48))

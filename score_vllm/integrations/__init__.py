@@ -1,0 +1,1 @@
+"""Other tools that drive this server."""

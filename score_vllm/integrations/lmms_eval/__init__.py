@@ -1,0 +1,1 @@
+"""lmms-eval's model ``score_vllm``."""

@@ -1,0 +1,1 @@
+"""The frozen vision tower outside vLLM, and the attention that some methods rank by."""

@@ -1,0 +1,1 @@
+"""Pictures of what each method keeps (``score-viz``)."""

@@ -1,0 +1,95 @@
+"""``score-viz``: what each method keeps of a video, drawn over its frames."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from score_vllm import RetentionPolicy, methods, select_tokens
+from score_vllm.budget import check_retention_ratio
+from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
+from score_vllm.types import TokenSelection
+from score_vllm.video import VideoError, decode_video
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of ``score-viz``."""
+    parser = argparse.ArgumentParser(
+        prog="score-viz",
+        description="Draw what token-selection methods keep: kept patches bright, dropped ones dimmed, and a strip of "
+        "kept tokens per frame below; several methods side by side.",
+    )
+    parser.add_argument("video", type=Path, help="a video file")
+    parser.add_argument("--model", default="demo", help="'demo', a short name, a directory or a hub id")
+    parser.add_argument("--retention", type=float, default=0.1, metavar="RATIO", help="in (0, 1] (default: 0.1)")
+    parser.add_argument("--method", default="score", metavar="NAMES", help=f"with commas between: {methods.names()}")
+    parser.add_argument("--policy", default=None, metavar="DIR", help="retention policy for the method score")
+    parser.add_argument("--fps", type=float, default=DEFAULT_FPS, help="frames per second read")
+    parser.add_argument("--max-frames", type=int, default=DEFAULT_MAX_FRAMES, help="most frames read")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="out.png or out.mp4")
+    return parser
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Everything after parsing; returns the path written.
+
+    Raises:
+        UsageError: a wrong option; the message is one sentence.
+        VideoError: the video cannot be decoded.
+    """
+    names = [name.strip() for name in args.method.split(",")]
+    if unknown := [name for name in names if name not in methods.names()]:
+        raise UsageError(f"--method must be names out of {methods.names()}, got {unknown}")
+    try:
+        ratio = check_retention_ratio(args.retention, "--retention")
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    if args.output.suffix not in (".png", ".mp4"):
+        raise UsageError(f"--output must end in .png or .mp4, got {str(args.output)!r}")
+    if args.max_frames < 1 or not args.fps > 0:
+        raise UsageError(f"--max-frames must be >= 1 and --fps > 0, got {args.max_frames} and {args.fps}")
+    try:
+        data = args.video.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the video {str(args.video)!r}: {error.strerror}") from error
+    video = decode_video(data, fps=args.fps, max_frames=args.max_frames)
+
+    from score_vllm.vision.tower import VisionTower
+    from score_vllm.viz.draw import draw
+
+    model = resolve_model(args.model)
+    policy = None
+    if "score" in names:
+        source = args.policy or model.demo_policy
+        if source is None:
+            raise UsageError(f"method score needs --policy DIR; train one with: {TRAIN_COMMAND}")
+        try:
+            policy = RetentionPolicy.from_pretrained(source)
+        except (FileNotFoundError, ValueError) as error:
+            raise UsageError(f"--policy: {error}") from error
+    try:
+        tower = VisionTower(model.path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: {' '.join(str(error).split())}") from error
+    if policy is not None and policy.config.hidden_size != tower.hidden_size:
+        raise UsageError(
+            f"--policy was made for hidden size {policy.config.hidden_size}, but the model has hidden size "
+            f"{tower.hidden_size}"
+        )
+    x, grid, saliency = tower.encode_with_saliency(video.frames)
+    selections: dict[str, TokenSelection] = {}
+    for name in names:
+        selections[name] = select_tokens(x, ratio, name, policy if name == "score" else None, saliency)
+    # Two frames share a temporal cell, and the last one may stand alone: one picture per cell at least.
+    return draw(args.output, video.frames, grid, selections)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Console entry point."""
+    args = build_parser().parse_args(argv)
+    try:
+        print(f"score-viz: written: {run(args)}")
+    except (UsageError, VideoError) as error:
+        sys.exit(f"score-viz: error: {error}")

@@ -1,0 +1,232 @@
+"""Pictures of what a method keeps: kept patches bright, dropped ones dimmed (paper, figure 5).
+
+Needs Pillow, and PyAV for MP4; neither is imported before something is drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from score_vllm.types import TokenSelection, VideoGrid
+from score_vllm.viz.paint import BACKGROUND, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, TEXT, picture, strip, text
+
+
+def kept_masks(grid: VideoGrid, selection: TokenSelection) -> np.ndarray:
+    """Which patches a selection keeps; a merged row counts for the patch whose place it takes.
+
+    Args:
+        grid: T, h, w of the video's tokens.
+        selection: of that video.
+
+    Returns:
+        [T, h, w] bool.
+
+    Raises:
+        ValueError: the selection is of another grid.
+    """
+    if (selection.num_frames, selection.tokens_per_frame) != (grid.t, grid.tokens_per_frame):
+        raise ValueError(
+            f"selection is of T={selection.num_frames}, N={selection.tokens_per_frame}, "
+            f"but the grid is T={grid.t}, N={grid.h}*{grid.w}={grid.tokens_per_frame}"
+        )
+    mask = np.zeros(grid.num_tokens, dtype=bool)
+    mask[selection.indices.cpu().numpy()] = True
+    return mask.reshape(grid.t, grid.h, grid.w)
+
+
+def _check(frames: np.ndarray, grid: VideoGrid, selections: Mapping[str, TokenSelection]) -> dict[str, np.ndarray]:
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise ValueError(f"frames must be non-empty [F, H, W, 3] uint8, got {frames.shape} {frames.dtype}")
+    if frames.shape[0] < grid.t:
+        raise ValueError(f"frames must be at least as many as the grid's T={grid.t}, got {frames.shape[0]}")
+    if not selections:
+        raise ValueError("selections must name at least one selection, got none")
+    return {label: kept_masks(grid, selection) for label, selection in selections.items()}
+
+
+def _caption(label: str, mask: np.ndarray) -> str:
+    kept = int(mask.sum())
+    return f"{label}   {100 * kept / mask.size:.1f} %   {kept} of {mask.size} tokens"
+
+
+def contact_sheet(
+    frames: np.ndarray,
+    grid: VideoGrid,
+    selections: Mapping[str, TokenSelection],
+    *,
+    max_cells: int = 8,
+    cell_width: int = 224,
+) -> np.ndarray:
+    """A still picture: the video, then one row per method with a strip of kept tokens per temporal cell.
+
+    Args:
+        frames: [F, H, W, 3] uint8, F >= T; a cell is shown by the first of its frames.
+        grid: T, h, w of the video's tokens.
+        selections: label -> selection, drawn in this order.
+        max_cells: evenly spaced cells to show, at least 1.
+        cell_width: width of each in pixels, at least 16.
+
+    Returns:
+        [height, width, 3] uint8. All strips share one scale; the bars of the cells shown stand out.
+
+    Raises:
+        ValueError: a shape does not fit, or a number is out of range.
+    """
+    from PIL import Image
+
+    masks = _check(frames, grid, selections)
+    if max_cells < 1 or cell_width < 16:
+        raise ValueError(f"max_cells must be >= 1 and cell_width >= 16, got {max_cells} and {cell_width}")
+    number = min(max_cells, grid.t)
+    # First and last included: steps that divide T would show only one frame of each of DyCoke's groups.
+    cells = [round(i * (grid.t - 1) / max(1, number - 1)) for i in range(number)]
+    size = (cell_width, max(1, round(cell_width * frames.shape[1] / frames.shape[2])))
+    inner = number * size[0] + (number - 1) * GAP
+    row = LABEL_HEIGHT + size[1] + GAP + STRIP_HEIGHT + 2 * GAP
+    canvas = Image.new(
+        "RGB", (inner + 2 * MARGIN, 2 * MARGIN + LABEL_HEIGHT + size[1] + 2 * GAP + len(masks) * row), BACKGROUND
+    )
+
+    def paint(y: int, caption: str, kept: np.ndarray | None) -> int:
+        text(canvas, (MARGIN, y), caption, inner, TEXT)
+        for i, t in enumerate(cells):
+            frame = frames[-(-t * len(frames) // grid.t)]
+            shot = picture(frame, size, None if kept is None else kept[t])
+            canvas.paste(shot, (MARGIN + i * (size[0] + GAP), y + LABEL_HEIGHT))
+        return y + LABEL_HEIGHT + size[1] + GAP
+
+    top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
+    shown = ", ".join(str(t) for t in cells)
+    title = f"video   {grid.t} x {grid.h} x {grid.w} tokens   cells {shown}   strips: kept tokens per cell, 0 to {top}"
+    y = paint(MARGIN, title, None) + GAP
+    for label, mask in masks.items():
+        y = paint(y, _caption(label, mask), mask)
+        strip(canvas, (MARGIN, y, MARGIN + inner, y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, cells)
+        y += STRIP_HEIGHT + 2 * GAP
+    return np.asarray(canvas)
+
+
+def moving_frames(
+    frames: np.ndarray,
+    grid: VideoGrid,
+    selections: Mapping[str, TokenSelection],
+    *,
+    panel_width: int = 480,
+    columns: int | None = None,
+) -> Iterator[np.ndarray]:
+    """A moving picture, frame by frame: the methods side by side, the strip marking the present cell.
+
+    Args:
+        frames: [F, H, W, 3] uint8, F >= T; frame f belongs to cell ``f * T // F``.
+        grid: T, h, w of the video's tokens.
+        selections: label -> selection, drawn in this order.
+        panel_width: width of a method's panel in pixels, at least 16.
+        columns: panels beside each other before the next line, at least 1; None: up to three, four as 2 x 2.
+
+    Yields:
+        [height, width, 3] uint8, F times; height and width are even, as video encoders want them.
+
+    Raises:
+        ValueError: a shape does not fit, or a number is out of range.
+    """
+    from PIL import Image
+
+    masks = _check(frames, grid, selections)
+    if columns is None:
+        columns = len(masks) if len(masks) < 4 else 2 if len(masks) == 4 else 3
+    if panel_width < 16 or columns < 1:
+        raise ValueError(f"panel_width must be >= 16 and columns >= 1, got {panel_width} and {columns}")
+    size = (panel_width, max(1, round(panel_width * frames.shape[1] / frames.shape[2])))
+    columns = min(columns, len(masks))
+    panel = LABEL_HEIGHT + size[1] + GAP + STRIP_HEIGHT + 2 * GAP
+    width = 2 * MARGIN + columns * size[0] + (columns - 1) * MARGIN
+    height = 2 * MARGIN + -(-len(masks) // columns) * panel
+    empty = Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
+    top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
+    for f, frame in enumerate(frames):
+        t = f * grid.t // len(frames)
+        canvas = empty.copy()
+        for i, (label, mask) in enumerate(masks.items()):
+            x = MARGIN + i % columns * (size[0] + MARGIN)
+            y = MARGIN + i // columns * panel
+            text(canvas, (x, y), _caption(label, mask), size[0], TEXT)
+            canvas.paste(picture(frame, size, mask[t]), (x, y + LABEL_HEIGHT))
+            y += LABEL_HEIGHT + size[1] + GAP
+            strip(canvas, (x, y, x + size[0], y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, [t])
+        yield np.asarray(canvas)
+
+
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place: a reader sees all of it or nothing."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        # mkstemp makes private files; give the result what the umask gives any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18"}
+        for i, image in enumerate(pictures):
+            if i == 0:
+                stream.height, stream.width = image.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def draw(
+    path: str | os.PathLike[str],
+    frames: np.ndarray,
+    grid: VideoGrid,
+    selections: Mapping[str, TokenSelection],
+    *,
+    fps: float = 8.0,
+) -> Path:
+    """Draw selections over the frames of their video into a ``.png`` or ``.mp4`` file.
+
+    Args:
+        path: where to; an existing file is replaced once the new one is complete.
+        frames: [F, H, W, 3] uint8, F >= T.
+        grid: T, h, w of the video's tokens.
+        selections: label -> selection; drawn side by side.
+        fps: frames per second of an MP4, in (0, 1000].
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the ending is neither, or a shape or number does not fit.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".mp4"):
+        raise ValueError(f"path must end in .png or .mp4, got {str(path)!r}")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps must be in (0, 1000], got {fps!r}")
+    _check(frames, grid, selections)
+    if path.suffix.lower() == ".mp4":
+        _write_atomically(path, lambda part: _write_mp4(part, moving_frames(frames, grid, selections), fps))
+    else:
+        from PIL import Image
+
+        sheet = Image.fromarray(contact_sheet(frames, grid, selections))
+        _write_atomically(path, lambda part: sheet.save(part, format="PNG"))
+    return path

@@ -1,0 +1,1 @@
+"""Re-captioning a dataset with a teacher model (paper section 5.1)."""

@@ -1,0 +1,213 @@
+"""``python -m score_vllm.train.annotate``: re-caption a dataset with a teacher behind an OpenAI-compatible endpoint.
+
+The paper re-annotates all training samples with Qwen3-VL-235B-A22B and Qwen2.5-VL-72B (section 5.1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from score_vllm.train.annotate.filters import REASONS, CaptionFilter
+from score_vllm.train.data.config import KINDS, SourceConfig
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 3
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    reasons = "; ".join(f"{name}: {text}" for name, text in REASONS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m score_vllm.train.annotate",
+        description="Ask a teacher model about every video of a dataset and write the good answers as JSON lines, "
+        "which a source of kind 'jsonl' reads. Run the same command again to go on where it ended: what was answered "
+        "is not asked again, what failed is.",
+        epilog=f"Answers are refused for these reasons: {reasons}. Exit code: 0 all asked, 1 some videos failed (see "
+        "the failures file), 2 wrong usage, 3 the endpoint gave up, 130 interrupted.",
+    )
+    data = parser.add_argument_group("dataset")
+    data.add_argument("--kind", required=True, choices=sorted(KINDS), help="format of the dataset")
+    data.add_argument("--data", default="", metavar="PATH", help="its file, folder or pattern")
+    data.add_argument("--media", default="", metavar="DIR", help="folder that the videos' paths start from")
+    data.add_argument("--split", default="", help="train, held_out or all (default: all; world kinds: their own)")
+    data.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N records")
+    data.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="another field of the source, repeatable"
+    )
+    data.add_argument("--clips", type=Path, metavar="DIR", help="where kinds without video files write theirs as mp4")
+    data.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the annotations, .jsonl")
+    asked = parser.add_argument_group("teacher")
+    asked.add_argument("--base-url", required=True, metavar="URL", help="of the endpoint, up to and including /v1")
+    asked.add_argument("--model", required=True, help="the teacher's name there")
+    asked.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key"
+    )
+    asked.add_argument("--prompt", default="", help="asked about every video; default: each record's own question")
+    asked.add_argument(
+        "--send", default="base64", choices=("base64", "file"), help="the video itself, or a file:// URL"
+    )
+    asked.add_argument("--retention-ratio", type=float, metavar="RATIO", help="in (0, 1]; for score-vllm's own server")
+    asked.add_argument("--max-tokens", type=int, default=512, help="of an answer")
+    asked.add_argument("--temperature", type=float, default=0.0)
+    asked.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of one try")
+    asked.add_argument("--retries", type=int, default=5, help="after the first try")
+    asked.add_argument("--backoff", type=float, default=1.0, metavar="S", help="before the first retry; doubles")
+    asked.add_argument("--concurrency", type=int, default=8, metavar="N", help="questions on the way at once")
+    kept = parser.add_argument_group("filters")
+    kept.add_argument("--min-words", type=int, default=CaptionFilter.min_words)
+    kept.add_argument("--max-words", type=int, default=CaptionFilter.max_words)
+    kept.add_argument("--max-repeated", type=float, default=CaptionFilter.max_repeated, metavar="PART")
+    kept.add_argument("--min-letters", type=float, default=CaptionFilter.min_letters, metavar="PART")
+    kept.add_argument("--allow", default="", metavar="REASONS", help="reasons to let pass, with commas between")
+    kept.add_argument("--retry-rejected", action="store_true", help="ask again where a filter refused the answer")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def source_config(args: argparse.Namespace) -> SourceConfig:
+    """The dataset's description from the options.
+
+    Raises:
+        ValueError: an unknown key, or a value out of range.
+    """
+    raw: dict[str, Any] = {"kind": args.kind, "path": args.data, "media": args.media, "limit": args.limit}
+    raw["split"] = args.split or ("all" if "path" in KINDS[args.kind] else "")
+    types = {spec.name: str(spec.type) for spec in dataclasses.fields(SourceConfig)}
+    parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _boolean}
+    for option in args.option:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"--option must be KEY=VALUE, got {option!r}")
+        try:
+            raw[key] = parsers.get(types.get(key, ""), str)(value)
+        except ValueError as error:
+            raise ValueError(f"--option {key} must be of type {types[key]}, got {value!r}") from error
+    return SourceConfig.from_mapping(raw)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after parsing.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        LogError, OSError, ValueError: wrong usage; the message is a sentence.
+        TeacherError: the endpoint gave up; the log keeps what was answered.
+    """
+    from score_vllm.train.annotate.log import AnnotationLog
+    from score_vllm.train.annotate.run import FileItems, Items, MadeItems, annotate, write_results
+    from score_vllm.train.annotate.teacher import Teacher, TeacherConfig
+    from score_vllm.train.data.records import RecordSource
+    from score_vllm.train.data.sources import open_source
+
+    if args.output.suffix != ".jsonl":
+        raise ValueError(f"--output must end in .jsonl, got {str(args.output)!r}")
+    if args.concurrency < 1:
+        raise ValueError(f"--concurrency must be >= 1, got {args.concurrency}")
+    config = source_config(args)
+    allow = tuple(name.strip() for name in args.allow.split(",") if name.strip())
+    judge = CaptionFilter(
+        args.min_words,
+        args.max_words,
+        max_repeated=args.max_repeated,
+        min_letters=args.min_letters,
+        allow=allow,
+    )
+    endpoint = TeacherConfig(
+        base_url=args.base_url,
+        model=args.model,
+        api_key=os.environ.get(args.api_key_env, ""),
+        send=args.send,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        retention_ratio=args.retention_ratio,
+        timeout=args.timeout,
+        retries=args.retries,
+        backoff=args.backoff,
+    )
+    source = open_source(config)
+    items: Items
+    if isinstance(source, RecordSource):
+        items = FileItems(source, args.prompt)
+    elif args.clips is None:
+        raise ValueError(f"--kind {args.kind} has no video files; name a folder for them with --clips DIR")
+    else:
+        items = MadeItems(source, args.prompt, args.clips)
+    described = dataclasses.asdict(config)
+    # What decides an answer, and nothing else: the endpoint may move, and the limit may grow.
+    for name in ("limit", "weight", "cache"):
+        del described[name]
+    settings = {
+        "source": described,
+        "model": args.model,
+        "prompt": args.prompt,
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "retention_ratio": args.retention_ratio,
+        "filter": dataclasses.asdict(judge),
+    }
+    log = AnnotationLog(args.output.with_suffix(".log.jsonl"), settings)
+    failures = args.output.with_suffix(".failures.jsonl")
+
+    async def ask() -> None:
+        async with Teacher(endpoint, args.concurrency) as teacher:
+            await annotate(items, teacher, judge, log, args.concurrency, args.retry_rejected, args.quiet)
+
+    try:
+        asyncio.run(ask())
+        summary = write_results(items, log, args.output, failures, args.model)
+    finally:
+        log.close()
+    print(f"annotate: {summary.kept} kept" + (f": {args.output}" if summary.kept else "; no file is written"))
+    for reason, count in sorted(summary.rejected.items()):
+        print(f"annotate: {count} rejected, {reason}: {REASONS[reason]}")
+    if summary.failed:
+        print(f"annotate: {summary.failed} failed")
+    if summary.failed or summary.rejected:
+        print(f"annotate: named in {failures}")
+    return EXIT_FAILED if summary.failed else 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``python -m score_vllm.train.annotate``."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="annotate: %(levelname)s: %(message)s")
+    if importlib.util.find_spec("httpx") is None:
+        sys.exit("annotate: error: httpx is missing; install it with: pip install score-vllm[train]")
+    from score_vllm.train.annotate.log import LogError
+    from score_vllm.train.annotate.teacher import TeacherError
+
+    try:
+        code = run(args)
+    except TeacherError as error:
+        print(f"annotate: stopped: {error}\nannotate: run the same command again to go on", file=sys.stderr)
+        code = EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("annotate: interrupted; run the same command again to go on", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except (LogError, OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"annotate: error: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    sys.exit(code)
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where training videos and their texts come from."""

@@ -1,0 +1,1 @@
+"""The frozen vision-language model that the policy is trained through."""

@@ -1,0 +1,160 @@
+"""Visual tokens computed once per sample, kept between epochs in memory or on disk, within a bound."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from score_vllm.train.config import CacheSettings
+from score_vllm.train.frozen.model import EncodedSample
+from score_vllm.types import VideoGrid
+
+FORMAT = 1
+GIB = 1 << 30
+# After an eviction this share of the bound is in use.
+_AFTER_EVICTION = 0.9
+_TENSORS = ("x", "prefix", "suffix", "target")
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedSample:
+    """An encoded sample and its cross-entropy under all tokens.
+
+    Attributes:
+        encoded: the sample; ``x`` may be on any device.
+        ce_base: nats per target token.
+    """
+
+    encoded: EncodedSample
+    ce_base: float
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors."""
+        return sum(getattr(self.encoded, n).nbytes for n in _TENSORS)
+
+
+class FeatureCache:
+    """Encoded samples by key, the least recently used dropped first.
+
+    Args:
+        settings: kind, bound and folder.
+        namespace: what the features depend on besides the key: the model, its dtype.
+        directory: of ``kind="disk"``; several processes may share it.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, settings: CacheSettings, namespace: str, directory: Path) -> None:
+        self._kind = settings.kind
+        self._bound = int(settings.max_gib * GIB)
+        self._namespace = f"{FORMAT}:{namespace}"
+        self._directory = directory
+        self._memory: OrderedDict[str, CachedSample] = OrderedDict()
+        self._bytes = 0
+        if self._kind == "disk":
+            directory.mkdir(parents=True, exist_ok=True)
+            self._bytes = sum(size for _, size, _ in self._entries())
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is an entry; one on disk may still turn out damaged."""
+        return key in self._memory or (self._kind == "disk" and self._path(key).is_file())
+
+    def get(self, key: str) -> CachedSample | None:
+        """The entry, or None. A damaged file counts as absent and is removed."""
+        if self._kind == "memory":
+            found = self._memory.get(key)
+            if found is not None:
+                self._memory.move_to_end(key)
+            return found
+        if self._kind == "none":
+            return None
+        path = self._path(key)
+        try:
+            found = _read(path)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            path.unlink(missing_ok=True)
+            return None
+        return found
+
+    def put(self, key: str, item: CachedSample) -> None:
+        """Keep an entry, unless it alone is above the bound."""
+        if self._kind == "none" or item.nbytes > self._bound:
+            return
+        if self._kind == "disk":
+            self._put_on_disk(key, item)
+            return
+        if (old := self._memory.pop(key, None)) is not None:
+            self._bytes -= old.nbytes
+        encoded = dataclasses.replace(item.encoded, x=item.encoded.x.cpu())
+        self._memory[key] = dataclasses.replace(item, encoded=encoded)
+        self._bytes += item.nbytes
+        while self._bytes > self._bound:
+            self._bytes -= self._memory.popitem(last=False)[1].nbytes
+
+    def _put_on_disk(self, key: str, item: CachedSample) -> None:
+        path = self._path(key)
+        handle, name = tempfile.mkstemp(dir=self._directory, prefix=".", suffix=".part")
+        os.close(handle)
+        try:
+            _write(Path(name), item)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        self._bytes += path.stat().st_size
+        if self._bytes <= self._bound:
+            return
+        # Other processes write here too: look at what is really there.
+        entries = sorted(self._entries())
+        self._bytes = sum(size for _, size, _ in entries)
+        for _, size, old in entries:
+            if self._bytes <= self._bound * _AFTER_EVICTION:
+                break
+            old.unlink(missing_ok=True)
+            self._bytes -= size
+
+    def _entries(self) -> list[tuple[int, int, Path]]:
+        found = []
+        for path in self._directory.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+        return found
+
+    def _path(self, key: str) -> Path:
+        digest = hashlib.sha256(f"{self._namespace}\n{key}".encode()).hexdigest()[:32]
+        return self._directory / f"{digest}.safetensors"
+
+
+def _write(path: Path, item: CachedSample) -> None:
+    encoded = item.encoded
+    facts = {
+        "key": encoded.key,
+        "grid": [encoded.grid.t, encoded.grid.h, encoded.grid.w],
+        "t_factor": encoded.t_factor,
+        "ce_base": item.ce_base,
+    }
+    # Clones: safetensors refuses tensors that share memory.
+    tensors = {name: getattr(encoded, name).cpu().contiguous().clone() for name in _TENSORS}
+    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+
+
+def _read(path: Path) -> CachedSample:
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        tensors = {name: file.get_tensor(name) for name in _TENSORS}
+    encoded = EncodedSample(key=facts["key"], grid=VideoGrid(*facts["grid"]), t_factor=facts["t_factor"], **tensors)
+    return CachedSample(encoded, facts["ce_base"])

@@ -1,0 +1,319 @@
+"""The frozen video model of training: visual tokens, and the cross-entropy of an answer under any kept subset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from score_vllm.positions import VisualSpan, prompt_positions
+from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
+from score_vllm.train.frozen.decoder import answer_states, check_decoder
+from score_vllm.train.frozen.sharding import Lockstep, shard_layers
+from score_vllm.train.objective.rollout import micro_batches
+from score_vllm.types import VideoGrid
+from score_vllm.vision.tower import VisionTower
+
+VIDEO_PAD = "<|video_pad|>"
+END_OF_TURN = "<|im_end|>"
+DEFAULT_MAX_ROLLOUT_TOKENS = 8192
+# Logits in fp32 that exist at a time: 64 Mi of them, 256 MiB.
+LOGITS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as the language model meets it, before anything is dropped.
+
+    Attributes:
+        key: the sample's name.
+        x: [T, N, D] visual tokens in the model's dtype.
+        grid: T, rows, columns.
+        t_factor: temporal positions per cell: seconds per cell times tokens per second.
+        prefix: [P] int64 token ids before the video.
+        suffix: [S] int64 token ids after the video, up to where the answer starts.
+        target: [M] int64 token ids of the answer, end of turn included; M >= 2.
+    """
+
+    key: str
+    x: torch.Tensor
+    grid: VideoGrid
+    t_factor: float
+    prefix: torch.Tensor
+    suffix: torch.Tensor
+    target: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T * N."""
+        return self.grid.num_tokens
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens that the language model reads besides the video: the answer's last one is only predicted."""
+        return int(self.prefix.shape[0] + self.suffix.shape[0] + self.target.shape[0] - 1)
+
+
+class Engine(Protocol):
+    """What the training loop asks of a frozen model."""
+
+    hidden_size: int
+    identity: str
+
+    def encode(self, sample: TrainingSample) -> EncodedSample: ...
+
+    def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+    def finish_step(self) -> None:
+        """Called by every process once its passes of a step are done."""
+
+
+class FrozenVLM:
+    """A frozen Qwen2.5-VL through transformers. Positions follow serving: see :mod:`score_vllm.positions`.
+
+    Args:
+        model: a loaded ``Qwen2_5_VLForConditionalGeneration``; it is frozen and put in eval mode.
+        path: its directory or hub id, for tokenizer and processor.
+        max_rollout_tokens: most tokens (padding included) that run through the language model at once. One
+            sequence longer than this runs alone.
+        sharded: the layers are spread over processes, which then run forward passes together.
+
+    Attributes:
+        hidden_size: D.
+        identity: what visual tokens depend on besides the sample: the checkpoint and the dtype.
+        model: the transformers model.
+
+    Raises:
+        ValueError: not a Qwen2.5-VL, its attention is not plainly causal, or ``max_rollout_tokens`` < 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        path: str | Path,
+        *,
+        max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS,
+        sharded: bool = False,
+    ) -> None:
+        from transformers import AutoProcessor
+
+        if max_rollout_tokens < 1:
+            raise ValueError(f"max_rollout_tokens must be >= 1, got {max_rollout_tokens}")
+        check_decoder(model.model.language_model)
+        self.model = model.eval().requires_grad_(False)
+        embedding = model.get_input_embeddings().weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        self._tower = VisionTower(path, str(self.device), self.dtype, loaded=model)
+        self.hidden_size: int = self._tower.hidden_size
+        self.max_rollout_tokens = max_rollout_tokens
+        self._lockstep = Lockstep(self.device, self._empty_pass) if sharded else None
+        self.identity = f"{path}:{self.dtype}:{_stamp(Path(path))}"
+        processor: Any = AutoProcessor.from_pretrained(path)
+        self._tokenizer = processor.tokenizer
+        self._template = processor.chat_template or self._tokenizer.chat_template
+        vision = model.config.vision_config
+        self._temporal_patch = int(vision.temporal_patch_size)
+        self._tokens_per_second = float(vision.tokens_per_second)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        *,
+        max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS,
+        shard: bool = False,
+    ) -> FrozenVLM:
+        """Load a checkpoint.
+
+        Args:
+            path: directory or hub id.
+            dtype: of tower and language model.
+            device: of both.
+            max_rollout_tokens: see the class.
+            shard: spread the language model over the processes, see :mod:`score_vllm.train.frozen.sharding`.
+
+        Raises:
+            FileNotFoundError: neither a directory nor a reachable hub id.
+            ValueError: it is not a Qwen2.5-VL.
+        """
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        cls.config_of(path)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        if shard:
+            shard_layers(model.model.language_model, torch.device(device))
+        return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens, sharded=shard)
+
+    @staticmethod
+    def config_of(path: str | Path) -> Any:
+        """The checkpoint's configuration.
+
+        Raises:
+            FileNotFoundError: neither a directory nor a reachable hub id.
+            ValueError: it is not a Qwen2.5-VL.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"model.path {str(path)!r} is neither the directory of a checkpoint nor a hub id that can be "
+                f"reached: {str(error).splitlines()[0]}"
+            ) from error
+        if config.model_type != "qwen2_5_vl":
+            raise ValueError(f"model.path {str(path)!r} is a {config.model_type}; supported: qwen2_5_vl")
+        return config
+
+    def render(self, prompt: str) -> tuple[str, str]:
+        """The server's rendering of "video, then this text", split at the video.
+
+        Returns:
+            ``(before, after)``: ``before`` ends with the start of the vision span, ``after`` with the
+            generation prompt.
+
+        Raises:
+            ValueError: the prompt itself holds a video placeholder, or the template writes none.
+        """
+        content = [{"type": "video"}, {"type": "text", "text": prompt}]
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        parts = text.split(VIDEO_PAD)
+        if len(parts) != 2:
+            raise ValueError(f"the rendered prompt must hold {VIDEO_PAD} once, it does {len(parts) - 1} times")
+        return parts[0], parts[1]
+
+    def encode(self, sample: TrainingSample) -> EncodedSample:
+        """Run the vision tower and tokenise the text.
+
+        Returns:
+            The encoded sample; ``x`` on the engine's device, token ids on the CPU.
+
+        Raises:
+            BrokenSampleError: the prompt or the target cannot be tokenised as one turn.
+        """
+        try:
+            before, after = self.render(sample.prompt)
+        except ValueError as error:
+            raise BrokenSampleError(f"{sample.key}: {error}") from error
+        target = self._ids(sample.target.strip())
+        if bool(torch.isin(target, torch.tensor(self._tokenizer.all_special_ids)).any()):
+            raise BrokenSampleError(f"{sample.key}: the target holds a special token of the model")
+        x, grid = self._tower.encode(sample.frames)
+        return EncodedSample(
+            key=sample.key,
+            x=x,
+            grid=grid,
+            t_factor=self._temporal_patch / sample.fps * self._tokens_per_second,
+            prefix=self._ids(before),
+            suffix=self._ids(after),
+            target=torch.cat([target, self._ids(END_OF_TURN)]),
+        )
+
+    def _ids(self, text: str) -> torch.Tensor:
+        return torch.tensor(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+
+    def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy of the target when only some visual tokens are read, at their original positions.
+
+        Args:
+            encoded: of one video.
+            kept: K ascending int64 index tensors into its T * N tokens; one may be empty.
+
+        Returns:
+            [K] float32 on the engine's device, nats per target token.
+
+        Raises:
+            ValueError: no selection, or indices that are not ascending in [0, T * N).
+        """
+        self._check(encoded, kept)
+        # Sharded weights are gathered into plain tensors, which inference mode would forbid.
+        with torch.no_grad() if self._lockstep else torch.inference_mode():
+            ce = self._cross_entropy(encoded, kept)
+        # A plain tensor: inference tensors may not meet autograd.
+        return ce.clone()
+
+    def finish_step(self) -> None:
+        """Let other processes finish their forward passes; does nothing where each has the whole model."""
+        if self._lockstep:
+            with torch.no_grad():
+                self._lockstep.finish()
+
+    def _empty_pass(self) -> None:
+        rows = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        nowhere = torch.zeros(3, 1, 1, dtype=torch.int64, device=self.device)
+        answer_states(self.model.model.language_model, rows, nowhere, nowhere[0])
+
+    def _cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        first, last = encoded.prefix.shape[0], encoded.prefix.shape[0] + encoded.num_tokens
+        rows, positions = self._table(encoded)
+        sequences = [
+            torch.cat([torch.arange(first), k.cpu() + first, torch.arange(last, rows.shape[0] - 1)]) for k in kept
+        ]
+        lengths = [int(s.shape[0]) for s in sequences]
+        target = encoded.target.to(self.device)
+        ce = torch.empty(len(kept), dtype=torch.float32, device=self.device)
+        for batch in micro_batches(lengths, self.max_rollout_tokens):
+            # Right padding reads the table's last row.
+            padded = torch.nn.utils.rnn.pad_sequence(
+                [sequences[i] for i in batch], batch_first=True, padding_value=rows.shape[0] - 1
+            ).to(self.device)
+            if self._lockstep:
+                self._lockstep.before_pass()
+            ends = torch.tensor([lengths[i] for i in batch], device=self.device)
+            answers = ends[:, None] - target.shape[0] + torch.arange(target.shape[0], device=self.device)
+            hidden = answer_states(self.model.model.language_model, rows[padded], positions[:, padded], answers)
+            ce[torch.tensor(batch, device=self.device)] = self._target_ce(hidden, target)
+        return ce
+
+    def _table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and positions of the whole sequence and of one row of padding: every rollout is a gather of these.
+
+        Returns:
+            ``(rows, positions)``: [P + T*N + S + M, D] (the answer's last token is replaced by the padding) and
+            [3, the same].
+        """
+        embed = self.model.get_input_embeddings()
+        after = torch.cat([encoded.suffix, encoded.target[:-1]])
+        x = encoded.x.to(self.device, self.dtype).reshape(encoded.num_tokens, -1)
+        rows = torch.cat(
+            [embed(encoded.prefix.to(self.device)), x, embed(after.to(self.device)), torch.zeros_like(x[:1])]
+        )
+        span = VisualSpan(encoded.prefix.shape[0], encoded.num_tokens, encoded.grid, encoded.t_factor, False)
+        positions, _ = prompt_positions(rows.shape[0], [span])
+        return rows, torch.from_numpy(positions).to(self.device)
+
+    def _target_ce(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """[B] mean cross-entropy of ``target`` [M] from ``hidden`` [B, M, D]; a bounded number of logits at a time."""
+        flat, wanted = hidden.flatten(0, 1), target.repeat(hidden.shape[0])
+        step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        parts = [
+            F.cross_entropy(self.model.lm_head(h).float(), w, reduction="none")
+            for h, w in zip(flat.split(step), wanted.split(step), strict=True)
+        ]
+        return torch.cat(parts).view(hidden.shape[0], -1).mean(dim=1)
+
+    @staticmethod
+    def _check(encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> None:
+        if not kept:
+            raise ValueError("kept must hold at least one selection")
+        for k in kept:
+            if k.ndim != 1 or k.dtype != torch.int64:
+                raise ValueError(f"each selection must be [k] int64, got {tuple(k.shape)} {k.dtype}")
+            if k.numel() and (int(k[0]) < 0 or int(k[-1]) >= encoded.num_tokens or bool((k[1:] <= k[:-1]).any())):
+                raise ValueError(f"each selection must be ascending in [0, {encoded.num_tokens}), without repeats")
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a checkpoint's weight files; empty for a hub id, which names a revision's content."""
+    return sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.glob("*.safetensors"))

@@ -1,0 +1,1 @@
+"""The synthetic world: its scenes, and the demo model trained on them."""

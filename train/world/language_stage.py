@@ -1,0 +1,284 @@
+"""Second stage of the demo model: its language model learns to answer from the tokens of its frozen vision tower.
+
+Clips are rendered and encoded once; every step draws clips, a few of their questions, and a part of the tokens: all
+of them, every second or third cell (a lower frame rate), or a random part. A model that only ever saw whole grids
+would fail on any subset, whoever chose it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from score_vllm.positions import position_extent, video_offsets
+from score_vllm.train.world.equal_windows import batch_equal_windows
+from score_vllm.train.world.question_blocks import Block, PackedBatch, block_logits, blocks_right, pack_blocks
+from score_vllm.train.world.render import render
+from score_vllm.train.world.scenes import (
+    CAPTION_PROMPTS,
+    FPS,
+    Question,
+    Scene,
+    caption,
+    clip_rng,
+    make_pseudo_scene,
+    make_scene,
+    questions,
+)
+from score_vllm.train.world.vision_stage import GRID, TOKEN, pixel_rows, through_codec
+from score_vllm.types import VideoGrid
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+END = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One encoded clip: x [T*N, D] bfloat16, whether each token shows a thing or flash [T*N] bool, and its scene."""
+
+    x: torch.Tensor
+    shows: torch.Tensor
+    scene: Scene
+    num_cells: int
+
+
+class Words:
+    """Token ids of prompts and answers, each text encoded once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, tuple[int, ...]] = {}
+        self.prefix = self.ids(SYSTEM)
+        self.suffix = self.ids("<|vision_end|>")
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        if text not in self._known:
+            self._known[text] = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
+
+    def block(self, question: str, answer: str) -> Block:
+        return Block(self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n"), self.ids(f"{answer}{END}"))
+
+
+@torch.inference_mode()
+def encode_clip(tower: Any, scene: Scene, codec: bool) -> Clip:
+    """Render one scene and run the vision tower over it."""
+    rendering = render(scene)
+    frames = through_codec(rendering.frames) if codec else rendering.frames
+    if len(frames) % 2:
+        frames = np.concatenate([frames, frames[-1:]])
+    num_cells = len(frames) // 2
+    with torch.autocast("cpu", torch.bfloat16):
+        x = tower(pixel_rows(frames), grid_thw=torch.tensor([[num_cells, 2 * GRID, 2 * GRID]])).pooler_output
+    seen = rendering.seen
+    if len(seen) % 2:
+        seen = np.concatenate([seen, seen[-1:]])
+    tiles = seen.reshape(num_cells, 2, GRID, TOKEN, GRID, TOKEN).max(axis=(1, 3, 5)).reshape(-1)
+    return Clip(x.bfloat16(), torch.from_numpy(tiles > 0), scene, num_cells)
+
+
+def encode_pool(tower: Any, split: str, count: int, first: int = 0) -> list[Clip]:
+    """``count`` encoded clips of a split; every eighth is a pseudo-video."""
+    batch_equal_windows(tower)
+    pool = []
+    for index in tqdm(range(first, first + count), desc=f"encoding {split} clips", unit="clip", mininterval=10):
+        rng = clip_rng(split, index)
+        scene = make_pseudo_scene(rng) if index % 8 == 7 else make_scene(rng)
+        pool.append(encode_clip(tower, scene, codec=index % 4 == 0))
+    return pool
+
+
+def keep(clip: Clip, count: int, lead: float, generator: torch.Generator) -> torch.Tensor:
+    """Which tokens a training step shows, ascending.
+
+    Args:
+        clip: encoded.
+        count: of tokens kept.
+        lead: of tokens that show something over those that show the ground: 0 is a blind draw, 1 takes them first.
+        generator: of the noise.
+    """
+    noise = torch.rand(len(clip.x), generator=generator) + clip.shows.float() * lead
+    return noise.topk(min(count, len(noise))).indices.sort().values
+
+
+def draw_blocks(clip: Clip, words: Words, rng: np.random.Generator, count: int) -> list[Block]:
+    """``count`` question blocks of a clip, the last of them its caption."""
+    asked: list[Question] = [] if clip.scene.texts else questions(clip.scene, rng)
+    blocks = [words.block(q.text, q.answer) for q in asked[: count - 1]]
+    while len(blocks) < count - 1 and asked:
+        q = asked[int(rng.integers(len(asked)))]
+        blocks.append(words.block(q.text, q.answer))
+    return [*blocks, words.block(CAPTION_PROMPTS[int(rng.integers(3))], caption(clip.scene))]
+
+
+def grid_of(clip: Clip) -> VideoGrid:
+    """Token grid of an encoded clip."""
+    return VideoGrid(clip.num_cells, GRID, GRID)
+
+
+# Positions per cell: two frames at FPS, two positions per second.
+T_FACTOR = 2 / FPS * 2
+
+
+def forward(
+    model: Any,
+    words: Words,
+    grid: VideoGrid,
+    rows: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    blocks: Sequence[Sequence[Block]],
+) -> tuple[torch.Tensor, PackedBatch]:
+    """Ask questions about clips of one grid, each seen through its kept tokens.
+
+    Args:
+        model: the demo model, or one trained like it.
+        words: of its tokenizer.
+        grid: of every clip.
+        rows: B kept tokens [K, D] each.
+        indices: B flat indices [K] int64 each, where those stand in the clip.
+        blocks: B lists of as many questions.
+
+    Returns:
+        ``(logits, packed)``: logits [L, V] of every target token.
+    """
+    offsets = video_offsets(grid, T_FACTOR)
+    packed = pack_blocks(
+        model.model.language_model.embed_tokens,
+        words.prefix,
+        words.suffix,
+        torch.stack(list(rows)),
+        torch.stack([offsets[kept] for kept in indices]),
+        position_extent(grid, T_FACTOR),
+        blocks,
+    )
+    return block_logits(model, packed), packed
+
+
+@torch.inference_mode()
+def accuracy(
+    model: Any, words: Words, clips: Sequence[Clip], seed: int = 0, num_questions: int = 8
+) -> dict[str, float]:
+    """Share of questions answered exactly, by kind and overall, with all tokens."""
+    right: dict[str, list[bool]] = {}
+    for i, clip in enumerate(clips):
+        if clip.scene.texts:
+            continue
+        asked = questions(clip.scene, np.random.default_rng([seed, i]))[:num_questions]
+        blocks = [words.block(q.text, q.answer) for q in asked]
+        with torch.autocast("cpu", torch.bfloat16):
+            everything = torch.arange(len(clip.x))
+            logits, packed = forward(model, words, grid_of(clip), [clip.x.float()], [everything], [blocks])
+        for q, ok in zip(asked, blocks_right(logits, packed).tolist(), strict=True):
+            right.setdefault(q.kind, []).append(ok)
+    all_right = [ok for values in right.values() for ok in values]
+    return {
+        **{kind: float(np.mean(v)) for kind, v in sorted(right.items())},
+        "all": float(np.mean(all_right)),
+        "n": len(all_right),
+    }
+
+
+def train_language(
+    model: Any,
+    words: Words,
+    pool: Sequence[Clip],
+    held: Sequence[Clip],
+    steps: int,
+    *,
+    learning_rate: float = 1.5e-3,
+    batch: int = 12,
+    num_blocks: int = 10,
+    seed: int = 0,
+    easy_share: float = 0.45,
+    minutes: float = math.inf,
+    report: Any = print,
+) -> dict[str, float]:
+    """Train everything of ``model`` but its vision tower, in place.
+
+    Args:
+        model: a Qwen2_5_VLForConditionalGeneration in float32.
+        words: of its tokenizer.
+        pool: clips to learn from.
+        held: clips to look at every 200 steps; never learned from.
+        steps: of AdamW, cosine schedule.
+        learning_rate: at its highest.
+        batch, num_blocks: clips a step, and questions a clip.
+        seed: of everything random.
+        easy_share: share of the steps that show short sequences, mostly of things.
+        minutes: stop after this long, with the schedule squeezed to fit.
+        report: called with a line of text.
+
+    Returns:
+        The last held-out accuracy.
+    """
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for name, p in model.named_parameters() if ".visual." not in name]
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
+    by_length: dict[int, list[int]] = {}
+    for i, clip in enumerate(pool):
+        by_length.setdefault(clip.num_cells, []).append(i)
+    real = [i for i, clip in enumerate(pool) if not clip.scene.texts]
+    pseudo = {n: rows for n, rows in by_length.items() if not pool[rows[0]].scene.texts or len(rows) >= 4}
+    lengths = [n for n in pseudo if n != pool[real[0]].num_cells]
+    started = time.monotonic()
+    mean_loss, mean_right, last = 3.0, 0.0, {}
+    bar = tqdm(range(steps), desc="language model", unit="step", mininterval=10)
+    for step in bar:
+        done = max(step / steps, (time.monotonic() - started) / 60 / minutes)
+        if done >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = (
+                learning_rate * min(1.0, (step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            )
+        if step % 10 == 9 and lengths:
+            numbers = pseudo[lengths[int(rng.integers(len(lengths)))]]
+            clips = [pool[i] for i in rng.choice(numbers, batch)]
+            blocks = [draw_blocks(clip, words, rng, 1) for clip in clips]
+        else:
+            clips = [pool[i] for i in rng.choice(real, batch)]
+            blocks = [draw_blocks(clip, words, rng, num_blocks) for clip in clips]
+        total = len(clips[0].x)
+        draw = rng.random()
+        if done < easy_share or draw < 0.35:
+            # From blind draws to things alone: whoever selects, the model has met the like.
+            low, high, lead = (0.08, 0.3, 0.9) if done < easy_share else (0.05, 0.5, float(rng.uniform(0, 1)))
+            count = int(np.exp(rng.uniform(np.log(low), np.log(high))) * total)
+            kept = [keep(clip, count, lead, generator) for clip in clips]
+        elif draw < 0.5:
+            count = int(rng.uniform(0.3, 0.9) * total)
+            kept = [keep(clip, count, 0.0, generator) for clip in clips]
+        elif draw < 0.6:
+            stride = int(rng.integers(2, 4))
+            cells = torch.arange(int(rng.integers(stride)), clips[0].num_cells, stride)
+            kept = [(cells[:, None] * GRID * GRID + torch.arange(GRID * GRID)).flatten()] * len(clips)
+        else:
+            kept = [torch.arange(total)] * len(clips)
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = [clip.x[k].float() for clip, k in zip(clips, kept, strict=True)]
+            logits, packed = forward(model, words, grid_of(clips[0]), rows, kept, blocks)
+        loss = torch.nn.functional.cross_entropy(logits.float(), packed.targets)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        mean_loss += 0.03 * (float(loss.detach()) - mean_loss)
+        mean_right += 0.03 * (float(blocks_right(logits.detach(), packed).float().mean()) - mean_right)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{mean_loss:.3f}", right=f"{mean_right:.3f}")
+        if step % 200 == 199:
+            last = accuracy(model, words, held)
+            minutes_so_far = (time.monotonic() - started) / 60
+            report(
+                f"step {step + 1} {minutes_so_far:.1f} min loss {mean_loss:.3f} right {mean_right:.3f} held "
+                + " ".join(f"{k} {v:.2f}" for k, v in last.items())
+            )
+    return accuracy(model, words, held)
