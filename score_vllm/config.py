@@ -86,6 +86,9 @@ class PolicyConfig:
 # Attribute of the Hugging Face config that carries the serving configuration into every process of the engine.
 HF_CONFIG_KEY = "score"
 
+# For VLLM_MEDIA_CONNECTOR: fetches videos for our loaders under their limits.
+MEDIA_CONNECTOR = "score"
+
 # Speculative decoding without a draft model, which would read uncompressed positions.
 SPECULATIVE_METHODS = ("ngram", "suffix")
 

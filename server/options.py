@@ -10,7 +10,7 @@ from typing import Any
 
 from score_vllm import plugin
 from score_vllm.catalog import TRAIN_COMMAND, ResolvedModel, UsageError, resolve_model
-from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
+from score_vllm.config import MEDIA_CONNECTOR, SPECULATIVE_METHODS, ServingConfig
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
@@ -155,6 +155,7 @@ def apply_media_options(args: argparse.Namespace) -> None:
         video.pop("max_bytes", None)  # a key of our loaders
         video.pop("video_backend", None)
     args.media_io_kwargs = {**given, "video": {**video, **asked}}
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
     if "video" not in args.limit_mm_per_prompt:
         # vLLM's default is 999: as many decoded videos as that would have to fit in memory at once.
         args.limit_mm_per_prompt = {**args.limit_mm_per_prompt, "video": MAX_VIDEOS_PER_PROMPT}

@@ -1,4 +1,8 @@
-"""score-vllm's video loaders in vLLM's registry: ``score_pyav`` (the default of score-serve) and ``score_decord``."""
+"""score-vllm's video loaders in vLLM's registry: ``score_pyav`` (the default of score-serve) and ``score_decord``.
+
+Nothing here changes what other models of the process read: limits that vLLM has no place for come with a media
+connector of our own, which score-serve names in ``VLLM_MEDIA_CONNECTOR``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ from typing import Any
 import numpy as np
 import pybase64
 from PIL import Image
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
+from score_vllm.config import MEDIA_CONNECTOR
 from score_vllm.video.decode import DecodedVideo, DecodeLimits, VideoError, probe_video
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
 from score_vllm.video.sandbox import decode_video_isolated
@@ -87,20 +93,46 @@ class DecordVideoLoader(VideoLoader):
         return frames, DecodedVideo(frames, wanted, total, rate, total / rate).metadata(DECORD_LOADER)
 
 
-def _max_bytes(self: VideoMediaIO) -> int | None:
-    """vLLM stops a download at this size; its own video class names none."""
-    return self.kwargs.get("max_bytes")
+class LimitedVideoMediaIO(VideoMediaIO):
+    """vLLM's video reader with the limits that it has no place for: bytes while a download runs, and everything about
+    ``video/jpeg`` (JPEGs with commas between), which never reaches a loader.
+
+    Args:
+        inner: a reader whose loader is one of ours.
+    """
+
+    def __init__(self, inner: VideoMediaIO) -> None:
+        self.__dict__.update(vars(inner))
+
+    def get_max_bytes(self) -> int | None:
+        """Where vLLM stops a download."""
+        return self.kwargs.get("max_bytes")
+
+    def load_base64(self, media_type: str, data: str) -> Any:
+        """As vLLM's, after a look at the sizes."""
+        if media_type.lower() == "video/jpeg":
+            options = {k: v for k, v in self.kwargs.items() if k in DecodeLimits.__dataclass_fields__}
+            _check_jpeg_sequence(data, self.num_frames, DecodeLimits(**options))
+        return super().load_base64(media_type, data)
 
 
-_upstream_load_base64 = VideoMediaIO.load_base64
+def limited(media_io: Any) -> Any:
+    """A video reader with one of our loaders under its limits; anything else as it is."""
+    ours = isinstance(media_io, VideoMediaIO) and isinstance(media_io.video_loader, PyAVVideoLoader | DecordVideoLoader)
+    return LimitedVideoMediaIO(media_io) if ours else media_io
 
 
-def _load_base64(self: VideoMediaIO, media_type: str, data: str) -> Any:
-    """``video/jpeg`` (JPEGs with commas between) never reaches a loader; hold it to the same limits here."""
-    if media_type.lower() == "video/jpeg" and isinstance(self.video_loader, PyAVVideoLoader | DecordVideoLoader):
-        options = {k: v for k, v in self.kwargs.items() if k in DecodeLimits.__dataclass_fields__}
-        _check_jpeg_sequence(data, self.num_frames, DecodeLimits(**options))
-    return _upstream_load_base64(self, media_type, data)
+@MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
+class LimitedMediaConnector(MediaConnector):
+    """vLLM's fetcher of media with :func:`limited` readers; in use where ``VLLM_MEDIA_CONNECTOR`` names it."""
+
+    def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
+        """As vLLM's."""
+        return super().load_from_url(url, limited(media_io), **options)
+
+    async def load_from_url_async(self, url: str, media_io: Any, **options: Any) -> Any:
+        """As vLLM's."""
+        return await super().load_from_url_async(url, limited(media_io), **options)
 
 
 def _check_jpeg_sequence(data: str, max_frames: int, limits: DecodeLimits) -> None:
@@ -118,7 +150,3 @@ def _check_jpeg_sequence(data: str, max_frames: int, limits: DecodeLimits) -> No
             raise VideoError(f"a frame of the video is {width}x{height}, more than max_pixels = {limits.max_pixels}")
         if total > limits.max_output_bytes:
             raise VideoError(f"the frames of the video are more than max_output_bytes = {limits.max_output_bytes}")
-
-
-VideoMediaIO.get_max_bytes = _max_bytes
-VideoMediaIO.load_base64 = _load_base64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("vllm")
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from score_vllm import RetentionPolicy
+from score_vllm.config import MEDIA_CONNECTOR
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
 from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram
@@ -101,11 +104,29 @@ def test_loader_options_are_checked(clips: dict[str, Path]) -> None:
         loader.load_bytes(data, max_pixels=64)
 
 
+def test_nothing_of_vllm_is_replaced() -> None:
+    """Another model in the process reads videos as vLLM does."""
+    for owner in (VideoMediaIO, MediaConnector):
+        for name, value in vars(owner).items():
+            assert not getattr(value, "__module__", "").startswith("score_vllm"), name
+    plain = VideoMediaIO(ImageMediaIO(), video_backend="opencv", max_bytes=7)
+    assert video_loaders.limited(plain) is plain
+    assert plain.get_max_bytes() is None
+
+
+def connector(**video: Any) -> MediaConnector:
+    """As vLLM makes it for a request of score-serve."""
+    return MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR, media_io_kwargs={"video": video})
+
+
 def test_downloads_stop_at_our_cap() -> None:
     """vLLM asks the media class for a size limit while it downloads; its own answer is None."""
-    media = VideoMediaIO(ImageMediaIO(), video_backend=video_loaders.PYAV_LOADER, max_bytes=1234)
-    assert media.get_max_bytes() == 1234
-    assert VideoMediaIO(ImageMediaIO(), video_backend="opencv").get_max_bytes() is None
+    media = connector(video_backend=video_loaders.PYAV_LOADER, max_bytes=1234)
+    asked: list[int | None] = []
+    media.connection = SimpleNamespace(get_bytes=lambda url, max_bytes, **_: asked.append(max_bytes) or b"")
+    with pytest.raises(VideoError):
+        media.fetch_video("http://127.0.0.1/clip.mp4")
+    assert asked == [1234]
 
 
 def jpeg(width: int, height: int) -> str:
@@ -117,8 +138,12 @@ def jpeg(width: int, height: int) -> str:
 def test_jpeg_sequences_meet_the_same_limits() -> None:
     """vLLM decodes `video/jpeg` data URLs itself, past every loader."""
     options = {"num_frames": 8, "max_pixels": 64 * 64, "max_output_bytes": 3 * 64 * 64 * 3}
-    media = VideoMediaIO(ImageMediaIO(), video_backend=video_loaders.PYAV_LOADER, **options)
-    frames, _ = media.load_base64("video/jpeg", ",".join([jpeg(64, 64)] * 3))
+    media = connector(video_backend=video_loaders.PYAV_LOADER, **options)
+
+    def load(data: str) -> Any:
+        return media.fetch_video(f"data:video/jpeg;base64,{data}")
+
+    frames, _ = load(",".join([jpeg(64, 64)] * 3))
     assert frames.shape == (3, 64, 64, 3)
     for data, message in {
         jpeg(65, 64): "max_pixels = 4096",
@@ -126,7 +151,9 @@ def test_jpeg_sequences_meet_the_same_limits() -> None:
         base64.b64encode(b"not a picture").decode(): "not a picture",
     }.items():
         with pytest.raises(VideoError, match=message):
-            media.load_base64("video/jpeg", data)
+            load(data)
+        with pytest.raises(VideoError, match=message):
+            asyncio.run(media.fetch_video_async(f"data:video/jpeg;base64,{data}"))
 
 
 def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +185,6 @@ def test_events_without_choices_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("chunks", [[": ping\n\n"], []])
 def test_streams_without_answers_pass_through(chunks: list[str]) -> None:
-    import asyncio
-
     async def events() -> Any:
         for chunk in [*chunks, "data: [DONE]\n\n"]:
             yield chunk
