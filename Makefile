@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= demo
 
-.PHONY: setup serve test lint
+.PHONY: setup serve check test test-long lint docs docs-serve wheel
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -19,7 +19,28 @@ test: setup
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest
 
+# Under two minutes: what an author runs after every change.
+check: lint
+	@.venv/bin/python -m pytest -q tests/unit tests/kernels
+
+# The long reproductions, which `make test` leaves out: the demo's training, load.
+test-long: setup
+	@.venv/bin/python -m pytest -m long
+
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The site, into site/; a broken link or anchor is an error. Needs no network once the extra is installed.
+docs: setup
+	@.venv/bin/python -c "import mkdocstrings" 2>/dev/null || .venv/bin/python -m pip install -q -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
+docs-serve: docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve
+
+# sdist and wheel, into dist/.
+wheel: setup
+	@.venv/bin/python -m build --outdir dist .

@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --benchmark world ...        made videos with known answers, on this machine
     python benchmarks/accuracy.py --benchmark videomme ...     Video-MME, MLVU or LVBench, against an endpoint
 
-Each benchmark has options of its own: add --help to see them. The public sets are described in public/README.md.
+Each benchmark has options of its own: add --help to see them. The public sets are described in docs/evaluating.md.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from harness import RESULTS, write_atomically, write_results
 from report_blocks import file_digest
-from report_blocks.accuracy import accuracy_table, picture
+from report_blocks.accuracy import accuracy_table, all_tokens, picture
 from tqdm import tqdm
 
 from score_vllm import RetentionPolicy, VideoGrid, select_tokens
@@ -217,6 +217,9 @@ def main(args: argparse.Namespace) -> None:
     facts = {"questions": count, "clips": len(clips), "split": args.split, "model": args.model}
     write_results(args.output, rows, **facts)
     image = args.output.with_suffix(".png")
-    write_atomically(image, picture(json.loads(args.output.read_text()), file_digest(args.output)))
+    document = json.loads(args.output.read_text())
+    write_atomically(image, picture(document, file_digest(args.output)))
     print(accuracy_table(rows))
-    print(f"{count} questions about {len(clips)} clips; written to {args.output} and {image.name}")
+    print(
+        f"{all_tokens(document)}; {count} questions about {len(clips)} clips; written to {args.output} and {image.name}"
+    )

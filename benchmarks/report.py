@@ -1,10 +1,10 @@
-"""Write the README's tables and the pictures from benchmarks/results/*.json.
+"""Write the tables of README.md and docs/benchmarks.md, and the pictures, from benchmarks/results/*.json.
 
     python benchmarks/report.py            # rewrite what is out of date
     python benchmarks/report.py --check    # change nothing; print a diff and exit 1 where something is
 
 A block stands between ``<!-- name -->`` and ``<!-- /name -->``; what writes it is a function in report_blocks/. A block
-without results says so. Results of a block that has no place in the README are an error.
+without results says so. Results of a block that has no place on any page are an error.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from harness import RESULTS, check_results, write_atomically
 from report_blocks import Block, file_digest, load_blocks
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 MARKER = re.compile(r"^<!-- (/?)([a-z0-9_]+) -->$", re.MULTILINE)
 
 
 class ReportError(Exception):
-    """README or results cannot be used; the message says where and why."""
+    """A page or the results cannot be used; the message says where and why."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -56,43 +57,53 @@ def spans(text: str) -> dict[str, tuple[int, int]]:
     for match in MARKER.finditer(text):
         closes, name = bool(match[1]), match[2]
         if closes != (opened is not None) or (opened is not None and opened[2] != name) or name in found:
-            raise ReportError(f"README: marker {match[0]} has no partner, is nested, or stands there twice")
+            raise ReportError(f"marker {match[0]} has no partner, is nested, or stands there twice")
         if opened is not None:
             found[name] = opened.end() + 1, match.start()
         opened = None if closes else match
     if opened is not None:
-        raise ReportError(f"README: marker {opened[0]} has no partner, is nested, or stands there twice")
+        raise ReportError(f"marker {opened[0]} has no partner, is nested, or stands there twice")
     return found
 
 
-def render(text: str, results: Path, blocks: dict[str, Block]) -> str:
-    """The README as the results have it.
+def render(texts: dict[Path, str], results: Path, blocks: dict[str, Block]) -> dict[Path, str]:
+    """The pages as the results have them.
 
     Args:
-        text: the README; marked blocks that nobody registered are left as they are.
+        texts: page to its text; marked blocks that nobody registered are left as they are.
         results: folder of the results files.
         blocks: by name.
 
     Raises:
-        ReportError: results are unreadable or lack what the block shows, or have no place in the README.
+        ReportError: markers are broken, results are unreadable or lack what the block shows, or have no place.
     """
-    places, parts, cursor = spans(text), [], 0
     written: dict[str, str] = {}
     for name, block in blocks.items():
         files = sorted(results.glob(block.pattern))
-        if name not in places:
+        if not any(f"<!-- {name} -->" in text for text in texts.values()):
             if files:
-                raise ReportError(f"README: no <!-- {name} --> ... <!-- /{name} --> for {files[0].name}")
+                raise ReportError(f"no <!-- {name} --> ... <!-- /{name} --> on any page for {files[0].name}")
             continue
         try:
             written[name] = block.render({file.name: read(file) for file in files}) if files else block.empty()
         except (KeyError, TypeError, IndexError) as error:
             raise ReportError(f"block {name}: results lack what it shows: {error!r}") from error
-    for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
-        if name in written:
-            parts += [text[cursor:start], written[name].rstrip() + "\n"]
-            cursor = stop
-    return "".join([*parts, text[cursor:]])
+    rendered = {}
+    for page, text in texts.items():
+        parts, cursor = [], 0
+        try:
+            places = spans(text)
+        except ReportError as error:
+            raise ReportError(f"{page.name}: {error}") from error
+        # Blocks link from the root of the repository; every page but the README is one folder below it.
+        up = "](" if page.name == "README.md" else "](../"
+        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+            if name in written:
+                content = re.sub(r"\]\((?=benchmarks/)", up, written[name].rstrip())
+                parts += [text[cursor:start], content + "\n"]
+                cursor = stop
+        rendered[page] = "".join([*parts, text[cursor:]])
+    return rendered
 
 
 def picture_source(path: Path) -> str | None:
@@ -123,18 +134,20 @@ def stale_pictures(results: Path, blocks: dict[str, Block]) -> list[tuple[Path, 
 def main(argv: list[str] | None = None) -> int:
     """0 where all agrees (or has been written), 1 where ``--check`` found a difference, 2 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README or a picture is old")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page or a picture is old")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     blocks = load_blocks()
     try:
-        old = args.readme.read_text(encoding="utf-8")
+        old = {page: page.read_text(encoding="utf-8") for page in args.pages}
         new = render(old, args.results, blocks)
         stale = stale_pictures(args.results, blocks)
         if args.check:
-            names = "README as it is", "README from the results"
-            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), *names))
+            for page in args.pages:
+                names = f"{page.name} as it is", f"{page.name} from the results"
+                before, after = old[page].splitlines(True), new[page].splitlines(True)
+                sys.stdout.writelines(difflib.unified_diff(before, after, *names))
             for file, _ in stale:
                 print(f"{file.with_suffix('.png').name} is missing or was not drawn from {file.name}")
             return int(old != new or bool(stale))
@@ -142,9 +155,10 @@ def main(argv: list[str] | None = None) -> int:
             assert block.picture is not None
             write_atomically(file.with_suffix(".png"), block.picture(read(file), file_digest(file)))
             print(f"written: {file.with_suffix('.png')}")
-        if old != new:
-            write_atomically(args.readme, new.encode())
-            print(f"written: {args.readme}")
+        for page in args.pages:
+            if old[page] != new[page]:
+                write_atomically(page, new[page].encode())
+                print(f"written: {page}")
     except (OSError, ReportError) as error:
         print(error, file=sys.stderr)
         return 2

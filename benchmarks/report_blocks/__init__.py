@@ -1,11 +1,12 @@
-"""The README's blocks. A block is a module of this folder with a function under :func:`block`:
+"""The blocks of README.md and docs/benchmarks.md. A block is a module of this folder with a function under
+:func:`block`:
 
     @block("ttft_stages", "ttft_stages*.json")
     def ttft_stages(results):                       # {file name: parsed JSON}, sorted; never empty
         document = results["ttft_stages.json"]
         return table([...], [...]) + caption(document, "ttft_stages.json")
 
-and the markers ``<!-- ttft_stages -->`` ... ``<!-- /ttft_stages -->`` in README.md. Every module here is imported by
+and the markers ``<!-- ttft_stages -->`` ... ``<!-- /ttft_stages -->`` on a page. Every module here is imported by
 ``report.py``; nothing else has to be touched.
 """
 
@@ -28,7 +29,7 @@ NOT_MEASURED = "*Not measured yet.*"
 
 @dataclass(frozen=True)
 class Block:
-    """One marked part of the README.
+    """One marked part of a page.
 
     Attributes:
         name: of the markers.
@@ -83,7 +84,7 @@ def file_digest(path: Path) -> str:
 
 
 def link(file: str) -> str:
-    """A link from the README to a results file."""
+    """A link to a results file, from the root of the repository."""
     return f"[{file}](benchmarks/results/{file})"
 
 

@@ -1,4 +1,4 @@
-"""The prefill table: one part per preset, the GPU presets with empty cells until a GPU has filled them."""
+"""The prefill table: one part per preset, a sentence in place of what no GPU has run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from flops import TextShape, flop_bound
 from harness import table
 from prefill_presets import PRESETS, load_preset
-from prefill_table import HEADER, cells, picture, row_label
+from prefill_table import HEADER, cells, picture
 
 from report_blocks import NOT_MEASURED, block, link
 
@@ -38,21 +38,18 @@ def part(document: dict[str, Any], file: str) -> str:
 
 
 def empty_part(name: str) -> str:
-    """What a GPU has to fill: tokens and FLOP bounds follow from the shapes alone."""
+    """What a GPU has still to run: tokens and FLOP bounds follow from the shapes alone."""
     preset = load_preset(name)
     raw = json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))["config"]
     shape, text = TextShape.from_config(raw), preset.text_tokens + preset.structure_tokens(raw["model_type"])
     whole = preset.visual_tokens + text
-    rows = []
-    for engine in preset.engines:
-        for ratio in (None, *PAPER_RATIOS):
-            visual = preset.retained_tokens(ratio)
-            bound = f"{flop_bound(shape, whole, visual + text):.1f}x"
-            rows.append([engine, row_label(None if ratio is None else "score", ratio)])
-            rows[-1] += [f"{visual} / {visual + text}", "", "", "", "", bound]
+    retained = [preset.retained_tokens(ratio) for ratio in PAPER_RATIOS]
+    ratios = " / ".join(f"{100 * ratio:g}" for ratio in PAPER_RATIOS)
+    tokens = " / ".join(f"{visual:,}" for visual in retained)
+    bounds = " / ".join(f"{flop_bound(shape, whole, visual + text):.1f}x" for visual in retained)
     return (
-        table(HEADER, rows)
-        + f"\n\n({preset.description}, {preset.dtype}. No GPU has run this yet: the cells are empty.)"
+        f"No GPU has run this yet: {preset.description}, {preset.dtype}. At {ratios} % it keeps {tokens} visual "
+        f"tokens, and the FLOP bounds are {bounds}."
     )
 
 

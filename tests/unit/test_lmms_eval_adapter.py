@@ -152,7 +152,7 @@ def make_request(messages: list[dict[str, Any]], doc_id: int) -> SimpleNamespace
 
 
 def model_class() -> Any:
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; benchmarks/public/README.md says how")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; docs/evaluating.md says how")
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     registry = ModelRegistryV2()

@@ -21,10 +21,12 @@ def report(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> list[str]:
-    """Arguments that point the report at a copy of README and results."""
+    """Arguments that point the report at a copy of the pages and results."""
     shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "benchmarks.md")
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
-    return ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
+    pages = [str(tmp_path / name) for name in ("README.md", "benchmarks.md")]
+    return ["--pages", *pages, "--results", str(tmp_path / "results")]
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -52,21 +54,21 @@ def test_committed_files_agree(report: ModuleType, capsys: pytest.CaptureFixture
     assert report.main(["--check"]) == 0, capsys.readouterr().out + "\nrun: python benchmarks/report.py"
 
 
-def test_a_changed_readme_is_seen_and_restored(
+def test_a_changed_page_is_seen_and_restored(
     report: ModuleType, copy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    original = readme.read_text()
+    page = tmp_path / "benchmarks.md"
+    original = page.read_text()
     start = original.index("<!-- kernels -->")
     place = start + original[start:].index("x |")
-    readme.write_text(original[: place - 1] + "9" + original[place:])
-    changed = readme.read_text()
+    page.write_text(original[: place - 1] + "9" + original[place:])
+    changed = page.read_text()
     assert changed != original
     assert report.main([*copy, "--check"]) == 1
-    assert "--- README as it is" in capsys.readouterr().out
-    assert readme.read_text() == changed
+    assert "--- benchmarks.md as it is" in capsys.readouterr().out
+    assert page.read_text() == changed
     assert report.main(copy) == 0
-    assert readme.read_text() == original
+    assert page.read_text() == original
 
 
 @pytest.mark.parametrize("name", ["kernels_cpu.json", "methods_cpu.json"])
@@ -86,15 +88,15 @@ def test_changed_results_are_seen(report: ModuleType, copy: list[str], tmp_path:
 
 def test_new_results_fill_their_table_and_picture(report: ModuleType, copy: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert "No GPU has run this yet" in (tmp_path / "README.md").read_text()
+    assert "No GPU has run this yet" in (tmp_path / "benchmarks.md").read_text()
     path = add_results(tmp_path / "results", "paper")
     assert report.main([*copy, "--check"]) == 1
     assert report.main(copy) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "benchmarks.md").read_text()
     assert "7.2 ± 0.0" in text
     assert "Not run here: vllm, in-tree EVS: for a reason." in text
     assert report.main([*copy, "--check"]) == 0
-    # The same README, but a picture of other results.
+    # The same page, but a picture of other results.
     picture = path.with_suffix(".png")
     assert len(picture.read_bytes()) < 60_000
     add_results(tmp_path / "results", "paper", total=7.2500001)
@@ -108,7 +110,7 @@ def test_without_results_a_block_says_so(report: ModuleType, tmp_path: Path) -> 
     readme, results = tmp_path / "README.md", tmp_path / "none"
     results.mkdir()
     readme.write_text("a\n<!-- kernels -->\nold\n<!-- /kernels -->\nb\n<!-- unknown -->\nkept\n<!-- /unknown -->\n")
-    assert report.main(["--readme", str(readme), "--results", str(results)]) == 0
+    assert report.main(["--pages", str(readme), "--results", str(results)]) == 0
     want = "a\n<!-- kernels -->\n*Not measured yet.*\n<!-- /kernels -->\nb\n<!-- unknown -->\nkept\n<!-- /unknown -->\n"
     assert readme.read_text() == want
 
@@ -124,7 +126,7 @@ def test_without_results_a_block_says_so(report: ModuleType, tmp_path: Path) -> 
 )
 def test_broken_markers(report: ModuleType, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert report.main(["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 2
+    assert report.main(["--pages", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 2
     assert "has no partner, is nested, or stands there twice" in capsys.readouterr().err
 
 
@@ -143,17 +145,18 @@ def test_results_without_a_place_or_of_no_use(
     edit(results, lambda document: document.pop("arguments"))
     assert report.main(copy) == 2
     assert "block kernels: results lack what it shows" in capsys.readouterr().err
-    readme = tmp_path / "README.md"
-    readme.write_text(readme.read_text().replace("<!-- kernels -->\n", "").replace("<!-- /kernels -->\n", ""))
+    page = tmp_path / "benchmarks.md"
+    page.write_text(page.read_text().replace("<!-- kernels -->\n", "").replace("<!-- /kernels -->\n", ""))
     assert report.main(copy) == 2
-    assert "README: no <!-- kernels -->" in capsys.readouterr().err
+    assert "no <!-- kernels --> ... <!-- /kernels --> on any page" in capsys.readouterr().err
 
 
 def test_a_block_is_one_function(report: ModuleType, tmp_path: Path, benchmark_module: Callable) -> None:
     blocks = benchmark_module("report_blocks")
     (tmp_path / "load.json").write_text('{"rate": 3}')
     mine = {"load": blocks.Block("load", "load*.json", lambda results: f"{results['load.json']['rate']} a second")}
-    text = report.render("<!-- load -->\n<!-- /load -->\n", tmp_path, mine)
-    assert text == "<!-- load -->\n3 a second\n<!-- /load -->\n"
+    page = tmp_path / "page.md"
+    text = report.render({page: "<!-- load -->\n<!-- /load -->\n"}, tmp_path, mine)
+    assert text == {page: "<!-- load -->\n3 a second\n<!-- /load -->\n"}
     with pytest.raises(ValueError, match="registered already"):
         blocks.block("kernels", "x.json")(lambda results: "")
