@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= demo
 
-.PHONY: setup serve check test test-long lint docs docs-serve wheel
+.PHONY: setup serve picture check test test-long lint docs docs-serve wheel
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -37,6 +37,11 @@ docs: setup
 	@.venv/bin/python -c "import mkdocstrings" 2>/dev/null || .venv/bin/python -m pip install -q -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
+
+# The README's picture, from the demo's clip and policy, for light and dark pages.
+picture: setup
+	@for theme in light dark; do .venv/bin/score-viz score_vllm/assets/demo/clip.mp4 --model demo --retention 0.1 \
+	  --cell-width 120 --theme $$theme -o docs/assets/kept-$$theme.png || exit 1; done
 
 docs-serve: docs
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve

@@ -12,14 +12,15 @@ from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
 from score_vllm.types import TokenSelection
 from score_vllm.video import VideoError, decode_video
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+from score_vllm.viz.paint import THEMES
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of ``score-viz``."""
     parser = argparse.ArgumentParser(
         prog="score-viz",
-        description="Draw what token-selection methods keep: kept patches bright, dropped ones dimmed, and a strip of "
-        "kept tokens per frame below; several methods side by side.",
+        description="Draw what token-selection methods keep: kept patches as they are, dropped ones faded, and a strip "
+        "of kept tokens per frame below; several methods side by side.",
     )
     parser.add_argument("video", type=Path, help="a video file")
     parser.add_argument("--model", default="demo", help="'demo', a short name, a directory or a hub id")
@@ -28,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default=None, metavar="DIR", help="retention policy for the method score")
     parser.add_argument("--fps", type=float, default=DEFAULT_FPS, help="frames per second read")
     parser.add_argument("--max-frames", type=int, default=DEFAULT_MAX_FRAMES, help="most frames read")
+    parser.add_argument("--theme", choices=sorted(THEMES), default="dark", help="colours (default: dark)")
+    parser.add_argument("--cell-width", type=int, default=224, metavar="PIXELS", help="of a PNG's cells (default: 224)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="out.png or out.mp4")
     return parser
 
@@ -50,6 +53,8 @@ def run(args: argparse.Namespace) -> Path:
         raise UsageError(f"--output must end in .png or .mp4, got {str(args.output)!r}")
     if args.max_frames < 1 or not args.fps > 0:
         raise UsageError(f"--max-frames must be >= 1 and --fps > 0, got {args.max_frames} and {args.fps}")
+    if args.cell_width < 16:
+        raise UsageError(f"--cell-width must be >= 16, got {args.cell_width}")
     try:
         data = args.video.read_bytes()
     except OSError as error:
@@ -83,7 +88,8 @@ def run(args: argparse.Namespace) -> Path:
     for name in names:
         selections[name] = select_tokens(x, ratio, name, policy if name == "score" else None, saliency)
     # Two frames share a temporal cell, and the last one may stand alone: one picture per cell at least.
-    return draw(args.output, video.frames, grid, selections)
+    theme = THEMES[args.theme]
+    return draw(args.output, video.frames, grid, selections, cell_width=args.cell_width, theme=theme)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of what a method keeps: kept patches bright, dropped ones dimmed (paper, figure 5).
+"""Pictures of what a method keeps: kept patches as they are, dropped ones faded (paper, figure 5).
 
 Needs Pillow, and PyAV for MP4; neither is imported before something is drawn.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from score_vllm.types import TokenSelection, VideoGrid
-from score_vllm.viz.paint import BACKGROUND, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, TEXT, picture, strip, text
+from score_vllm.viz.paint import DARK, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, Theme, picture, strip, text
 
 
 def kept_masks(grid: VideoGrid, selection: TokenSelection) -> np.ndarray:
@@ -62,6 +62,7 @@ def contact_sheet(
     *,
     max_cells: int = 8,
     cell_width: int = 224,
+    theme: Theme = DARK,
 ) -> np.ndarray:
     """A still picture: the video, then one row per method with a strip of kept tokens per temporal cell.
 
@@ -71,6 +72,7 @@ def contact_sheet(
         selections: label -> selection, drawn in this order.
         max_cells: evenly spaced cells to show, at least 1.
         cell_width: width of each in pixels, at least 16.
+        theme: colours.
 
     Returns:
         [height, width, 3] uint8. All strips share one scale; the bars of the cells shown stand out.
@@ -90,14 +92,14 @@ def contact_sheet(
     inner = number * size[0] + (number - 1) * GAP
     row = LABEL_HEIGHT + size[1] + GAP + STRIP_HEIGHT + 2 * GAP
     canvas = Image.new(
-        "RGB", (inner + 2 * MARGIN, 2 * MARGIN + LABEL_HEIGHT + size[1] + 2 * GAP + len(masks) * row), BACKGROUND
+        "RGB", (inner + 2 * MARGIN, 2 * MARGIN + LABEL_HEIGHT + size[1] + 2 * GAP + len(masks) * row), theme.background
     )
 
     def paint(y: int, caption: str, kept: np.ndarray | None) -> int:
-        text(canvas, (MARGIN, y), caption, inner, TEXT)
+        text(canvas, (MARGIN, y), caption, inner, theme.text)
         for i, t in enumerate(cells):
             frame = frames[-(-t * len(frames) // grid.t)]
-            shot = picture(frame, size, None if kept is None else kept[t])
+            shot = picture(frame, size, None if kept is None else kept[t], theme)
             canvas.paste(shot, (MARGIN + i * (size[0] + GAP), y + LABEL_HEIGHT))
         return y + LABEL_HEIGHT + size[1] + GAP
 
@@ -107,7 +109,7 @@ def contact_sheet(
     y = paint(MARGIN, title, None) + GAP
     for label, mask in masks.items():
         y = paint(y, _caption(label, mask), mask)
-        strip(canvas, (MARGIN, y, MARGIN + inner, y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, cells)
+        strip(canvas, (MARGIN, y, MARGIN + inner, y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, cells, theme)
         y += STRIP_HEIGHT + 2 * GAP
     return np.asarray(canvas)
 
@@ -119,6 +121,7 @@ def moving_frames(
     *,
     panel_width: int = 480,
     columns: int | None = None,
+    theme: Theme = DARK,
 ) -> Iterator[np.ndarray]:
     """A moving picture, frame by frame: the methods side by side, the strip marking the present cell.
 
@@ -128,6 +131,7 @@ def moving_frames(
         selections: label -> selection, drawn in this order.
         panel_width: width of a method's panel in pixels, at least 16.
         columns: panels beside each other before the next line, at least 1; None: up to three, four as 2 x 2.
+        theme: colours.
 
     Yields:
         [height, width, 3] uint8, F times; height and width are even, as video encoders want them.
@@ -147,7 +151,7 @@ def moving_frames(
     panel = LABEL_HEIGHT + size[1] + GAP + STRIP_HEIGHT + 2 * GAP
     width = 2 * MARGIN + columns * size[0] + (columns - 1) * MARGIN
     height = 2 * MARGIN + -(-len(masks) // columns) * panel
-    empty = Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
+    empty = Image.new("RGB", (width + width % 2, height + height % 2), theme.background)
     top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
     for f, frame in enumerate(frames):
         t = f * grid.t // len(frames)
@@ -155,10 +159,10 @@ def moving_frames(
         for i, (label, mask) in enumerate(masks.items()):
             x = MARGIN + i % columns * (size[0] + MARGIN)
             y = MARGIN + i // columns * panel
-            text(canvas, (x, y), _caption(label, mask), size[0], TEXT)
-            canvas.paste(picture(frame, size, mask[t]), (x, y + LABEL_HEIGHT))
+            text(canvas, (x, y), _caption(label, mask), size[0], theme.text)
+            canvas.paste(picture(frame, size, mask[t], theme), (x, y + LABEL_HEIGHT))
             y += LABEL_HEIGHT + size[1] + GAP
-            strip(canvas, (x, y, x + size[0], y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, [t])
+            strip(canvas, (x, y, x + size[0], y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, [t], theme)
         yield np.asarray(canvas)
 
 
@@ -199,6 +203,8 @@ def draw(
     selections: Mapping[str, TokenSelection],
     *,
     fps: float = 8.0,
+    cell_width: int = 224,
+    theme: Theme = DARK,
 ) -> Path:
     """Draw selections over the frames of their video into a ``.png`` or ``.mp4`` file.
 
@@ -208,6 +214,8 @@ def draw(
         grid: T, h, w of the video's tokens.
         selections: label -> selection; drawn side by side.
         fps: frames per second of an MP4, in (0, 1000].
+        cell_width: pixels per cell of a PNG, at least 16.
+        theme: colours.
 
     Returns:
         The path.
@@ -223,10 +231,12 @@ def draw(
         raise ValueError(f"fps must be in (0, 1000], got {fps!r}")
     _check(frames, grid, selections)
     if path.suffix.lower() == ".mp4":
-        _write_atomically(path, lambda part: _write_mp4(part, moving_frames(frames, grid, selections), fps))
+        _write_atomically(
+            path, lambda part: _write_mp4(part, moving_frames(frames, grid, selections, theme=theme), fps)
+        )
     else:
         from PIL import Image
 
-        sheet = Image.fromarray(contact_sheet(frames, grid, selections))
+        sheet = Image.fromarray(contact_sheet(frames, grid, selections, cell_width=cell_width, theme=theme))
         _write_atomically(path, lambda part: sheet.save(part, format="PNG"))
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,15 +11,26 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-# Light that a dropped patch keeps, and how much of that is grey instead of colour.
+# How much of a dropped patch shows, and how much of that is grey instead of colour.
 DIM_LIGHT = 0.28
 DIM_GREY = 0.75
-
-BACKGROUND = (18, 19, 23)
-TEXT = (232, 234, 238)
-FAINT = (134, 139, 149)
-BAR = (88, 98, 118)
 BAR_SHOWN = (255, 179, 71)
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture (RGB), and the grey level that dropped patches fade to."""
+
+    background: tuple[int, int, int]
+    text: tuple[int, int, int]
+    faint: tuple[int, int, int]
+    bar: tuple[int, int, int]
+    dropped: int
+
+
+DARK = Theme((18, 19, 23), (232, 234, 238), (134, 139, 149), (88, 98, 118), 0)
+LIGHT = Theme((255, 255, 255), (31, 35, 40), (101, 109, 118), (175, 184, 198), 255)
+THEMES = {"dark": DARK, "light": LIGHT}
 MARGIN = 12
 GAP = 6
 TEXT_SIZE = 15
@@ -54,12 +66,13 @@ def outline_kept(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(line, np.rint(mixed).astype(np.uint8), frame)
 
 
-def dim_dropped(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """One frame with its dropped patches dark and nearly grey.
+def dim_dropped(frame: np.ndarray, kept: np.ndarray, theme: Theme = DARK) -> np.ndarray:
+    """One frame with its dropped patches faded and nearly grey.
 
     Args:
         frame: [H, W, 3] uint8.
         kept: [h, w] bool; patch borders are rounded where h or w does not divide the frame.
+        theme: says what dropped patches fade to.
 
     Returns:
         [H, W, 3] uint8; kept patches are unchanged.
@@ -67,7 +80,7 @@ def dim_dropped(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:
     mask = _pixels(kept, frame)[..., None]
     colour = frame.astype(np.float32)
     grey = colour @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    dimmed = DIM_LIGHT * (DIM_GREY * grey[..., None] + (1 - DIM_GREY) * colour)
+    dimmed = DIM_LIGHT * (DIM_GREY * grey[..., None] + (1 - DIM_GREY) * colour) + (1 - DIM_LIGHT) * theme.dropped
     return np.where(mask, frame, np.rint(dimmed).astype(np.uint8))
 
 
@@ -82,7 +95,12 @@ def text(canvas: Image.Image, xy: tuple[float, float], text: str, width: float, 
 
 
 def strip(
-    canvas: Image.Image, box: tuple[int, int, int, int], counts: np.ndarray, top: int, shown: Iterable[int]
+    canvas: Image.Image,
+    box: tuple[int, int, int, int],
+    counts: np.ndarray,
+    top: int,
+    shown: Iterable[int],
+    theme: Theme = DARK,
 ) -> None:
     """Bars of kept tokens per temporal cell, the cells shown in another colour."""
     from PIL import ImageDraw
@@ -95,16 +113,16 @@ def strip(
         start, stop = left + width * t // len(counts), left + width * (t + 1) // len(counts)
         size = max(1, round(height * count / top)) if count else 0
         if size:
-            colour = BAR_SHOWN if t in shown else BAR
+            colour = BAR_SHOWN if t in shown else theme.bar
             draw.rectangle((start, lower - size, max(start, stop - 1 - space), lower - 1), fill=colour)
-    draw.line((left, lower, right - 1, lower), fill=FAINT)
+    draw.line((left, lower, right - 1, lower), fill=theme.faint)
 
 
-def picture(frame: np.ndarray, size: tuple[int, int], kept: np.ndarray | None) -> Image.Image:
+def picture(frame: np.ndarray, size: tuple[int, int], kept: np.ndarray | None, theme: Theme = DARK) -> Image.Image:
     """A frame at the size drawn; scaled first, so that patch borders stay sharp."""
     from PIL import Image
 
     scaled = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
     if kept is None:
         return scaled
-    return Image.fromarray(outline_kept(dim_dropped(np.asarray(scaled), kept), kept))
+    return Image.fromarray(outline_kept(dim_dropped(np.asarray(scaled), kept, theme), kept))

@@ -44,6 +44,7 @@ def test_moving_picture(clips: dict[str, Path], tmp_path: Path) -> None:
         (["{plain}", "--method", "magic", "-o", "x.png"], "--method must be names out of"),
         (["{plain}", "--retention", "2", "-o", "x.png"], r"--retention must be a number in \(0, 1\]"),
         (["{plain}", "-o", "x.gif"], "must end in .png or .mp4"),
+        (["{plain}", "-o", "x.png", "--cell-width", "4"], "--cell-width must be >= 16, got 4"),
         (["{plain}", "--fps", "0", "-o", "x.png"], "--fps > 0"),
         (["{plain}", "--policy", "/nowhere", "-o", "x.png"], "--policy: policy directory '/nowhere' does not exist"),
         (["{plain}", "--model", "/nowhere", "-o", "x.png"], "--model '/nowhere' is no directory"),

@@ -10,7 +10,7 @@ import torch
 
 from score_vllm import TokenSelection, VideoGrid, select_tokens
 from score_vllm.viz import draw as viz
-from score_vllm.viz.paint import BAR_SHOWN, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, dim_dropped, outline_kept
+from score_vllm.viz.paint import BAR_SHOWN, GAP, LABEL_HEIGHT, LIGHT, MARGIN, STRIP_HEIGHT, dim_dropped, outline_kept
 
 GRID = VideoGrid(t=5, h=4, w=6)
 FRAMES, HEIGHT, WIDTH = 10, 64, 96
@@ -49,6 +49,19 @@ def test_kept_patches_are_unchanged_and_dropped_ones_dark_and_greyer() -> None:
     dropped[16:32, 32:48] = False
     assert shown[dropped].max() < frame[dropped].max() / 2
     assert np.ptp(shown[dropped].astype(int), axis=1).max() < np.ptp(frame[dropped].astype(int), axis=1).max() / 4
+
+
+def test_on_a_light_page_dropped_patches_fade_to_white() -> None:
+    frame = clip()[3]
+    kept = np.zeros((4, 6), dtype=bool)
+    kept[1, 2] = True
+    shown = dim_dropped(frame, kept, LIGHT)
+    assert np.array_equal(shown[16:32, 32:48], frame[16:32, 32:48])
+    dropped = np.ones((HEIGHT, WIDTH), dtype=bool)
+    dropped[16:32, 32:48] = False
+    assert shown[dropped].min() > 255 * 0.7
+    sheet = viz.contact_sheet(clip(), GRID, {"a": keep([8])}, theme=LIGHT, cell_width=48)
+    assert sheet[0, 0].tolist() == [255, 255, 255]
 
 
 def test_borders_are_rounded_where_the_grid_does_not_divide_the_frame() -> None:
