@@ -32,9 +32,8 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# The site, into site/; a broken link or anchor is an error. Needs no network once the extra is installed.
+# The site, into site/; a broken link or anchor is an error. Needs no network.
 docs: setup
-	@.venv/bin/python -c "import mkdocstrings" 2>/dev/null || .venv/bin/python -m pip install -q -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
 
@@ -48,4 +47,4 @@ docs-serve: docs
 
 # sdist and wheel, into dist/.
 wheel: setup
-	@.venv/bin/python -m build --outdir dist .
+	@.venv/bin/python -m build --no-isolation --outdir dist .

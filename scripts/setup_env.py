@@ -181,8 +181,8 @@ def main() -> None:
         cpu_index = extra == "cpu" and reachable(f"{TORCH_CPU_INDEX}/")
         if cpu_index:
             index = ["--extra-index-url", TORCH_CPU_INDEX]
-        say(f"installing score-vllm[{extra},decord,bench,train,dev] (the first time takes a few minutes)")
-        target = f"{ROOT}[{extra},decord,bench,train,dev]"
+        say(f"installing score-vllm[{extra},decord,bench,train,dev,docs] (the first time takes a few minutes)")
+        target = f"{ROOT}[{extra},decord,bench,train,dev,docs]"
         run_with_heartbeat(PYTHON, "-m", "pip", "install", "-q", *index, "-e", target, env=environment)
         if extra == "cpu":
             repair_cpu_torchvision(cpu_index)
