@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from typing import Any
 
 from score_vllm import methods
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
+from score_vllm.near_miss import near_miss
 from score_vllm.server.options import LOADERS, TRAINING_FREE_METHOD
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
@@ -100,9 +100,8 @@ def build_parser() -> Any:
         def error(self, message: str) -> None:
             words = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
             for word in words:
-                close = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
-                if close:
-                    message += f"; did you mean {close[0]}?"
+                if hint := near_miss(word.split("=")[0], self._option_string_actions):
+                    message += hint
                     break
             super().error(message)
 

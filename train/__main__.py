@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(options.config, options.overrides)
         if options.stage:
-            settings.stage(options.stage)
+            settings.named(options.stage)
         check_tracker(settings.tracking)
         if options.check:
             check(settings)

@@ -1,4 +1,4 @@
-"""Everything a training run can be told, as one tree of dataclasses; a TOML file and ``--set`` fill it."""
+"""Everything a training run can be told, as one tree of models; a TOML file and ``--set`` fill it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
+from pydantic import Field, model_validator
+
+from score_vllm.near_miss import near_miss
 from score_vllm.train.data.config import SourceConfig
-from score_vllm.train.objective.rollout import OBJECTIVES
-from score_vllm.train.schema import assign, bounded, build, choice, parse_override, read_toml
-
-SCHEDULES = ("constant", "cosine")
-DTYPES = ("float32", "bfloat16", "float16")
+from score_vllm.train.schema import Settings, assign, build, parse_override, read_toml
 
 
-@dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """The frozen model.
 
     Attributes:
@@ -31,13 +28,12 @@ class ModelSettings:
     """
 
     path: str = "demo"
-    dtype: str = choice("float32", DTYPES)
-    device: str = choice("auto", ("auto", "cpu"))
-    shard: str = choice("none", ("none", "fsdp"))
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu"] = "auto"
+    shard: Literal["none", "fsdp"] = "none"
 
 
-@dataclass(frozen=True)
-class PolicySettings:
+class PolicySettings(Settings):
     """The policy that is trained.
 
     Attributes:
@@ -47,14 +43,13 @@ class PolicySettings:
         init: directory of a policy to start from; empty for fresh weights.
     """
 
-    width: int = bounded(0, 0, 65536)
+    width: int = Field(default=0, ge=0, le=65536)
     use_residual: bool = True
-    initial_keep_probability: float = bounded(0.5, 0.01, 0.99)
+    initial_keep_probability: float = Field(default=0.5, ge=0.01, le=0.99)
     init: str = ""
 
 
-@dataclass(frozen=True)
-class RolloutSettings:
+class RolloutSettings(Settings):
     """How groups are drawn and run.
 
     Attributes:
@@ -64,21 +59,20 @@ class RolloutSettings:
         ratio_min, ratio_max: range of the ratios of ``budget-matched``, drawn log-uniformly.
     """
 
-    objective: str = choice("paper", OBJECTIVES)
-    group_size: int = bounded(16, 2, 4096)
-    max_rollout_tokens: int = bounded(8192, 1)
-    ratio_min: float = bounded(0.06, 0, 1, above=True)
-    ratio_max: float = bounded(0.5, 0, 1, above=True)
+    objective: Literal["paper", "budget-matched"] = "paper"
+    group_size: int = Field(default=16, ge=2, le=4096)
+    max_rollout_tokens: int = Field(default=8192, ge=1)
+    ratio_min: float = Field(default=0.06, gt=0, le=1)
+    ratio_max: float = Field(default=0.5, gt=0, le=1)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
         if self.ratio_min > self.ratio_max:
-            raise ValueError(
-                f"rollout.ratio_min must be <= rollout.ratio_max = {self.ratio_max!r}, got {self.ratio_min!r}"
-            )
+            raise ValueError(f"ratio_min must be <= ratio_max = {self.ratio_max!r}, got {self.ratio_min!r}")
+        return self
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Settings):
     """How the policy's weights move. A stage starts its optimiser afresh.
 
     Attributes:
@@ -93,20 +87,19 @@ class OptimizerSettings:
         samples_per_step: videos per process whose gradients are accumulated before a step.
     """
 
-    name: str = choice("adamw", ("adamw", "sgd"))
-    lr: float = bounded(0.003, 0, 10, above=True)
-    momentum: float = bounded(0.9, 0, 0.9999)
-    beta1: float = bounded(0.9, 0, 0.9999)
-    beta2: float = bounded(0.99, 0, 0.99999)
-    weight_decay: float = bounded(0.0, 0, 1)
-    schedule: str = choice("constant", SCHEDULES)
-    warmup_steps: int = bounded(0, 0)
-    grad_clip: float = bounded(1.0, 0)
-    samples_per_step: int = bounded(1, 1, 4096)
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=0.003, gt=0, le=10)
+    momentum: float = Field(default=0.9, ge=0, le=0.9999)
+    beta1: float = Field(default=0.9, ge=0, le=0.9999)
+    beta2: float = Field(default=0.99, ge=0, le=0.99999)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    grad_clip: float = Field(default=1.0, ge=0)
+    samples_per_step: int = Field(default=1, ge=1, le=4096)
 
 
-@dataclass(frozen=True)
-class CheckpointSettings:
+class CheckpointSettings(Settings):
     """When state is saved.
 
     Attributes:
@@ -114,12 +107,11 @@ class CheckpointSettings:
         keep: newest checkpoints that are kept.
     """
 
-    every: int = bounded(100, 0)
-    keep: int = bounded(3, 1, 1000)
+    every: int = Field(default=100, ge=0)
+    keep: int = Field(default=3, ge=1, le=1000)
 
 
-@dataclass(frozen=True)
-class CacheSettings:
+class CacheSettings(Settings):
     """Where visual tokens are kept between epochs. The bound is per process in memory, shared on disk.
 
     Attributes:
@@ -128,13 +120,12 @@ class CacheSettings:
         directory: of ``disk``; empty is ``<output>/features``.
     """
 
-    kind: str = choice("memory", ("memory", "disk", "none"))
-    max_gib: float = bounded(2.0, 0, above=True)
+    kind: Literal["memory", "disk", "none"] = "memory"
+    max_gib: float = Field(default=2.0, gt=0)
     directory: str = ""
 
 
-@dataclass(frozen=True)
-class TrackingSettings:
+class TrackingSettings(Settings):
     """Who is told; ``<output>/log.jsonl`` always is.
 
     Attributes:
@@ -144,14 +135,13 @@ class TrackingSettings:
         progress: a progress bar on standard error.
     """
 
-    tracker: str = choice("tensorboard", ("tensorboard", "wandb", "none"))
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     project: str = "score-train"
-    log_every: int = bounded(1, 1)
+    log_every: int = Field(default=1, ge=1)
     progress: bool = True
 
 
-@dataclass(frozen=True)
-class StageSettings:
+class StageSettings(Settings):
     """One stage of the curriculum (paper section 4.4).
 
     Attributes:
@@ -159,59 +149,74 @@ class StageSettings:
         tau: tolerance of eq. 5; 1.01 in the paper's warm-up, 1.02 after it.
         min_frames, max_frames: a sample with fewer or more is skipped, counted and named.
         sources: what is read, mixed by weight.
+        allow_short_targets: train although the median target has fewer than 8 tokens (see ``--check``).
         name: key of its table.
     """
 
-    steps: int = bounded(1000, 1)
-    tau: float = bounded(1.02, 1, 10)
-    min_frames: int = bounded(1, 1)
-    max_frames: int = bounded(128, 1, 65536)
-    sources: tuple[SourceConfig, ...] = ()
+    steps: int = Field(default=1000, ge=1)
+    tau: float = Field(default=1.02, ge=1, le=10)
+    min_frames: int = Field(default=1, ge=1)
+    max_frames: int = Field(default=128, ge=1, le=65536)
+    sources: tuple[SourceConfig, ...] = Field(strict=False, min_length=1)
+    allow_short_targets: bool = False
     name: str = ""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames must be <= max_frames = {self.max_frames}, got {self.min_frames}")
+        return self
 
-@dataclass(frozen=True)
-class TrainSettings:
+
+class TrainSettings(Settings):
     """A whole run.
 
     Attributes:
         output: folder of ``checkpoints/``, ``policy/`` and ``log.jsonl``.
         seed: of weights, data order and rollouts.
-        collapse_patience: steps in a row that keep everything or nothing before the run stops; 0 never stops.
-        stages: in the order of the file; each runs after the one before.
+        collapse_patience: steps in a row that look collapsed before the run stops, see
+            :class:`~score_vllm.train.stopping.CollapseWatch`; 0 never stops.
+        stage: its tables by name, in the order of the file; each runs after the one before.
     """
 
-    output: str = ""
-    seed: int = bounded(0, 0, 2**31 - 1)
-    collapse_patience: int = bounded(20, 0)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    policy: PolicySettings = field(default_factory=PolicySettings)
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    cache: CacheSettings = field(default_factory=CacheSettings)
-    tracking: TrackingSettings = field(default_factory=TrackingSettings)
-    stages: tuple[StageSettings, ...] = ()
+    output: str
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    collapse_patience: int = Field(default=20, ge=0)
+    model: ModelSettings = ModelSettings()
+    policy: PolicySettings = PolicySettings()
+    rollout: RolloutSettings = RolloutSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    cache: CacheSettings = CacheSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    stage: dict[str, StageSettings]
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
         if not self.output.strip():
             raise ValueError("output must name the folder of this run, got an empty string")
+        if not self.stage:
+            raise ValueError("stage must hold at least one stage: a table [stage.NAME]")
+        return self
 
-    def stage(self, name: str) -> StageSettings:
+    @property
+    def stages(self) -> tuple[StageSettings, ...]:
+        """In order."""
+        return tuple(self.stage.values())
+
+    def named(self, name: str) -> StageSettings:
         """The stage of that name.
 
         Raises:
             ValueError: there is none; the message lists them.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ValueError(f"stage must be one of {[s.name for s in self.stages]}, got {name!r}")
+        if name not in self.stage:
+            raise ValueError(f"stage must be one of {list(self.stage)}, got {name!r}{near_miss(name, self.stage)}")
+        return self.stage[name]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
+        return self.model_dump(mode="json")
 
     def digest(self) -> str:
         """Hex digest of everything that shapes the result: see :func:`differences` for what does not."""
@@ -229,8 +234,8 @@ def _shaping(plain: dict[str, Any]) -> dict[str, Any]:
         kept[table].pop(name, None)
     kept["rollout"].pop("max_rollout_tokens", None)
     # A falling rate depends on where it falls to.
-    free = ("name",) if kept["optimizer"]["schedule"] == "cosine" else ("steps", "name")
-    kept["stages"] = {stage["name"]: {k: v for k, v in stage.items() if k not in free} for stage in kept["stages"]}
+    free = ("name", "allow_short_targets", *(() if kept["optimizer"]["schedule"] == "cosine" else ("steps",)))
+    kept["stage"] = {name: {k: v for k, v in stage.items() if k not in free} for name, stage in kept["stage"].items()}
     return kept
 
 
@@ -269,38 +274,16 @@ def settings_from(raw: dict[str, Any], overrides: Sequence[str] = ()) -> TrainSe
     for text in overrides:
         steps, value = parse_override(text)
         if steps[0] == "stage" and len(steps) > 1 and steps[1] not in stages:
-            known = StageSettings.__dataclass_fields__
+            known = StageSettings.model_fields
             if steps[1] not in known or not stages:
                 raise ValueError(f"--set {text}: stage must be one of {sorted(stages)}, or a field {sorted(known)}")
             for name in stages:
                 assign(stages[name], steps[1:], copy.deepcopy(value))
         else:
             assign(table, steps, value)
-    built = []
-    for name, stage in table.pop("stage").items():
-        where = f"stage.{name}"
+    for name, stage in stages.items():
         if "name" in stage:
-            raise ValueError(f"unknown key '{where}.name': the table's own name is the stage's")
-        built.append(build(StageSettings, {**stage, "name": name, "sources": _sources(stage, where)}, where))
-        if built[-1].min_frames > built[-1].max_frames:
-            raise ValueError(
-                f"{where}.min_frames must be <= max_frames = {built[-1].max_frames}, got {built[-1].min_frames}"
-            )
-    if not built:
-        raise ValueError("the configuration needs at least one stage: a table [stage.NAME]")
-    if "stages" in table:
-        raise ValueError("unknown key 'stages' (did you mean 'stage'?)")
-    return build(TrainSettings, {**table, "stages": tuple(built)})
-
-
-def _sources(stage: dict[str, Any], where: str) -> tuple[SourceConfig, ...]:
-    tables = stage.get("sources")
-    if not isinstance(tables, list) or not tables:
-        raise ValueError(f"{where}.sources must be a non-empty list of tables [[{where}.sources]], got {tables!r}")
-    found = []
-    for number, table in enumerate(tables):
-        try:
-            found.append(SourceConfig.from_mapping(table))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}.sources.{number}: {error}") from error
-    return tuple(found)
+            raise ValueError(f"unknown key 'stage.{name}.name': the table's own name is the stage's")
+        stage["name"] = name
+    settings: TrainSettings = build(TrainSettings, table)
+    return settings

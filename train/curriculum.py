@@ -11,13 +11,13 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from score_vllm.train.config import StageSettings
+from score_vllm.train.data.config import FileConfig
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
 from score_vllm.train.data.sources import open_mixed
 from score_vllm.train.frozen.feature_cache import CachedSample, FeatureCache
@@ -158,8 +158,8 @@ def _describe(stage: StageSettings, seed: int) -> str:
     """What a stage's samples depend on: their sources, with size and time of the data files, and the mixing seed."""
     stamps = []
     for source in stage.sources:
-        path = Path(source.path) if source.path else None
+        path = Path(source.path) if isinstance(source, FileConfig) else None
         stat = path.stat() if path is not None and path.exists() else None
         stamps.append([stat.st_size, stat.st_mtime_ns] if stat else None)
-    text = json.dumps([[asdict(s) for s in stage.sources], stamps, seed], sort_keys=True)
+    text = json.dumps([[s.model_dump(mode="json") for s in stage.sources], stamps, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

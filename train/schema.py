@@ -1,93 +1,111 @@
-"""Dataclasses from TOML tables, with every key and value checked against what its field declares."""
+"""Validated settings: pydantic models from TOML tables, and one sentence for what is wrong with one."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import tomllib
-from collections.abc import Iterable
-from dataclasses import field, fields, is_dataclass
+import typing
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from score_vllm.near_miss import near_miss
 
 T = TypeVar("T")
-_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_WORDS = {"int": "an integer", "float": "a number", "string": "a string", "bool": "true or false", "tuple": "a list"}
 
 
-def bounded(default: float, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """A number field in [low, high], or (low, high] with ``above``."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above})
+class Settings(BaseModel):
+    """A table: unknown keys, wrong types and numbers that are not finite are refused.
+
+    Messages of validators begin with the field's name; :func:`build` puts the table's name in front.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, ser_json_inf_nan="null")
 
 
-def choice(default: str, names: Iterable[str]) -> Any:
-    """A string field that is one of ``names``."""
-    return field(default=default, metadata={"choices": tuple(names)})
-
-
-def build(cls: type[T], table: Any, where: str = "") -> T:
-    """Make a dataclass from a table; fields of other kinds than numbers, strings and dataclasses pass unchecked.
+def build(kind: Any, table: Any, where: str = "") -> Any:
+    """Validate a table.
 
     Args:
-        cls: a dataclass whose fields are int, float, str, bool, or such dataclasses.
+        kind: a :class:`Settings` class or a union of them.
         table: the mapping.
         where: dotted name of the table, for messages.
 
     Raises:
-        ValueError: an unknown key, a missing key, a wrong type, or a value out of range; the message has the dotted
-            name, the value and what is allowed.
+        ValueError: one sentence with the dotted name, the value and what is allowed.
     """
-    if not isinstance(table, dict):
-        raise ValueError(f"{where or 'the configuration'} must be a table, got {table!r}")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for key in table:
-        if key not in known:
-            raise ValueError(f"unknown key {_join(where, key)!r}{near_miss(key, known)}; known: {sorted(known)}")
-    hints = get_type_hints(cls)
-    values = {}
-    for name, value in table.items():
-        kind = hints[name]
-        if is_dataclass(kind) and isinstance(kind, type):
-            values[name] = value if isinstance(value, kind) else build(kind, value, _join(where, name))
-        elif kind in _WORDS:
-            values[name] = _scalar(kind, value, known[name].metadata, _join(where, name))
-        else:
-            values[name] = value
     try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"{where or 'the configuration'}: {error}") from error
+        return TypeAdapter(kind).validate_python(table)
+    except ValidationError as error:
+        raise ValueError(_sentence(kind, error.errors()[0], where)) from None
 
 
-def _scalar(kind: Any, value: Any, limits: Any, name: str) -> Any:
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} must be {_WORDS[kind]}{_range(limits)}, got {value!r}")
-    if kind is float:
-        value = float(value)
-    if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"{name} must be{_range(limits)}, got {value!r}{near_miss(value, limits['choices'])}")
-    if "low" in limits:
-        inside = value > limits["low"] if limits["above"] else value >= limits["low"]
-        # Written so that NaN is outside.
-        if not (inside and value <= limits["high"] and math.isfinite(value)):
-            raise ValueError(f"{name} must be {_WORDS[kind]}{_range(limits)}, got {value!r}")
-    return value
+def _sentence(kind: Any, error: Any, where: str) -> str:
+    names, field, inside = _resolve(kind, error["loc"])
+    name = ".".join(([where] if where else []) + names)
+    value, problem = error["input"], error["type"]
+    if problem == "value_error":
+        return ".".join(filter(None, (name, str(error["ctx"]["error"]))))
+    if problem == "extra_forbidden":
+        known = sorted(f.alias or n for n, f in inside.model_fields.items())
+        return f"unknown key {name!r}{near_miss(names[-1], known)}; known: {known}"
+    if problem == "missing":
+        return f"{name} is missing{_allowed(field)}"
+    if problem.startswith("union_tag"):
+        known = sorted(error["ctx"].get("expected_tags", "").replace("'", "").split(", ")) if value else []
+        tag = error["ctx"].get("tag")
+        if tag is None:
+            return f"{name or 'the table'} lacks the key 'kind'"
+        return f"{name}{'.' if name else ''}kind must be one of {known}, got {tag!r}{near_miss(tag, known)}"
+    if problem in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{name or 'the configuration'} must be a table, got {value!r}"
+    if problem in ("too_short", "string_too_short"):
+        return f"{name} must be non-empty, got {value!r}"
+    choices = typing.get_args(field.annotation) if problem == "literal_error" else ()
+    if choices:
+        return f"{name} must be one of {list(choices)}, got {value!r}{near_miss(value, choices)}"
+    word = _WORDS.get(problem.removesuffix("_type"), "a number" if field.annotation is float else "an integer")
+    return f"{name} must be {word}{_allowed(field)}, got {value!r}"
 
 
-def _range(limits: Any) -> str:
-    if "choices" in limits:
-        return f" one of {list(limits['choices'])}"
-    if "low" in limits:
-        opening = "(" if limits["above"] else "["
-        closing = ")" if math.isinf(limits["high"]) else "]"
-        return f" in {opening}{limits['low']}, {limits['high']}{closing}"
-    return ""
+def _resolve(kind: Any, location: tuple[Any, ...]) -> tuple[list[str], Any, Any]:
+    """Dotted name of an error's place (without the tags of unions), its field, and the model around that."""
+    names: list[str] = []
+    field: Any = None
+    inside: Any = None
+    for step in location:
+        options = [m for m in _members(kind) if isinstance(m, type) and issubclass(m, BaseModel)]
+        if len(options) > 1 and isinstance(step, str):  # a tag
+            kind = next(m for m in options if step in typing.get_args(m.model_fields["kind"].annotation))
+            continue
+        names.append(str(step))
+        if options:
+            inside = options[0]
+            field = next((f for n, f in inside.model_fields.items() if step in (n, f.alias)), None)
+            kind = field.annotation if field else None
+        else:  # a list or a table of tables
+            kind = next((m for m in typing.get_args(kind) if m not in (str, Ellipsis)), None)
+    options = [m for m in _members(kind) if isinstance(m, type) and issubclass(m, BaseModel)]
+    return names, field, inside or (options[0] if options else None)
 
 
-def near_miss(name: Any, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where something known is close, else nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Members of a union, or the type itself."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        return _members(typing.get_args(kind)[0])
+    return typing.get_args(kind) if origin in (typing.Union, type(int | str)) else (kind,)
+
+
+def _allowed(field: Any) -> str:
+    """Range of a number field as `` in [low, high]``; nothing where there is none."""
+    limits = {n: v for m in field.metadata for n in ("gt", "ge", "lt", "le") if (v := getattr(m, n, None)) is not None}
+    if not limits:
+        return ""
+    low = f"({limits['gt']}" if "gt" in limits else f"[{limits.get('ge', '-inf')}"
+    high = f"{limits['le']}]" if "le" in limits else f"{limits.get('lt', 'inf')})"
+    return f" in {low}, {high}"
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
 
 
-def parse_override(text: str) -> tuple[list[str], Any]:
+def parse_override(text: str, option: str = "--set") -> tuple[list[str], Any]:
     """``a.b=value`` to its path and value; a value that is not TOML is a string.
 
     Raises:
@@ -115,7 +133,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     name, sign, raw = text.partition("=")
     path = name.strip().split(".")
     if not sign or not all(path):
-        raise ValueError(f"--set takes NAME=VALUE with a dotted name, got {text!r}")
+        raise ValueError(f"{option} takes KEY=VALUE with a dotted key, got {text!r}")
     try:
         return path, tomllib.loads(f"value = {raw.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -144,7 +162,3 @@ def assign(table: Any, path: list[str], value: Any) -> None:
             table[key] = value
         else:
             table = table[key]
-
-
-def _join(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)

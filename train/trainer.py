@@ -75,7 +75,7 @@ class Trainer:
             TrainingStoppedError: numbers are not finite, or the policy has collapsed.
             ValueError: the output holds a run and ``resume`` is False, or it cannot be resumed with these settings.
         """
-        stages = (self.settings.stage(only),) if only else self.settings.stages
+        stages = (self.settings.named(only),) if only else self.settings.stages
         found = self._restore(resume)
         main = self.accelerator.is_main_process
         log = RunLog(self.output / LOG_NAME, resumed_at=self.step if found else -1) if main else None
@@ -142,7 +142,7 @@ class Trainer:
                 f"the run has {state.samples_per_step} samples per step over all processes, now it would have "
                 f"{self.samples_per_step} (optimizer.samples_per_step * processes)"
             )
-        if state.stage not in [stage.name for stage in self.settings.stages]:
+        if state.stage not in self.settings.stage:
             raise ValueError(f"the run was in stage {state.stage!r}, which the configuration does not have")
         self.policy.load_state_dict(weights)
         checkpoint.restore_optimizer(self._optimizer, self._names, optimizer)

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("httpx")
 from score_vllm import num_retained_tokens
 from score_vllm.train.annotate.filters import REASONS
-from score_vllm.train.data.sources import SourceConfig, open_source
+from score_vllm.train.data.sources import open_source, source_config
 
 from .conftest import API_KEY, ROOT, Server
 
@@ -61,7 +61,9 @@ def test_our_server_as_the_teacher(send: str, server: Server, tmp_path: Path) ->
         "the ratio reached it"
     )
     if rows:
-        source: Any = open_source(SourceConfig("jsonl", str(output), split="all", cache=str(tmp_path / "index")))
+        source: Any = open_source(
+            source_config(kind="jsonl", path=str(output), split="all", cache=str(tmp_path / "index"))
+        )
         assert [source.record(i).target for i in range(len(source))] == [row["caption"].strip() for row in rows]
         assert source[0].frames.ndim == 4
 

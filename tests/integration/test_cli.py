@@ -207,7 +207,7 @@ def test_a_mistyped_option_is_recognised(parser: Any, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", "demo", "--retension", "0.1"])
     error = capsys.readouterr().err
-    assert "did you mean --retention?" in error
+    assert "did you mean '--retention'?" in error
     assert len(error.splitlines()) == 2
 
 

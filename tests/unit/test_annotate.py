@@ -23,7 +23,7 @@ from PIL import Image
 
 pytest.importorskip("httpx")
 from score_vllm.train.annotate import __main__ as cli
-from score_vllm.train.data.sources import SourceConfig, open_source
+from score_vllm.train.data.sources import open_source, source_config
 from score_vllm.video import decode_video
 
 GOOD = "A bright square slowly crosses a dark and noisy ground from left to right, clip {name}."
@@ -130,7 +130,7 @@ def test_what_is_written_is_what_the_jsonl_source_reads(endpoint: Endpoint, data
     rows = lines(out)
     assert [row["caption"] for row in rows] == [GOOD.format(name=f"n{i}") for i in range(6)], "in the data's order"
     assert {row["teacher"] for row in rows} == {"teacher"}
-    source: Any = open_source(SourceConfig("jsonl", str(out), split="all"))
+    source: Any = open_source(source_config(kind="jsonl", path=str(out), split="all"))
     for i in range(6):
         record = source.record(i)
         assert record.prompt == f"What about {i}?"
@@ -151,7 +151,7 @@ def test_what_is_sent(endpoint: Endpoint, dataset: Path, monkeypatch: pytest.Mon
         assert body["retention_ratio"] == 0.25
         video, text = body["messages"][0]["content"]
         assert text == {"type": "text", "text": "Tell all."}
-        assert re.fullmatch(r"file:///.*/clip%20[01]\.mp4", video["video_url"]["url"])
+        assert re.fullmatch(r"file:///.*/clip%20\d\.mp4", video["video_url"]["url"])
     assert endpoint.keys == {"Bearer secret-key"}
     assert not any("secret-key" in p.read_text(errors="replace") for p in dataset.parent.glob("out*"))
     assert run(*arguments(endpoint, dataset, *more, "--send", "file", "--temperature", "0.5")) == 0
@@ -323,8 +323,8 @@ def test_folders_of_frames_and_made_clips_are_sent_as_mp4(endpoint: Endpoint, tm
     assert run(*args) == 1, "one row has no image"
     rows = lines(tmp_path / "out.jsonl")
     assert len(rows) == 5
-    original = open_source(SourceConfig("onevision-pseudo", str(tmp_path / "a.parquet"), split="all"))
-    annotated = open_source(SourceConfig("jsonl", str(tmp_path / "out.jsonl"), split="all"))
+    original = open_source(source_config(kind="onevision-pseudo", path=str(tmp_path / "a.parquet"), split="all"))
+    annotated = open_source(source_config(kind="jsonl", path=str(tmp_path / "out.jsonl"), split="all"))
     for i in range(5):
         assert annotated[i].target == said
         count = len(annotated[i].frames)
@@ -339,10 +339,10 @@ def test_folders_of_frames_and_made_clips_are_sent_as_mp4(endpoint: Endpoint, tm
         (["--concurrency", "0"], "--concurrency must be >= 1"),
         (["--retention-ratio", "1.5"], r"retention_ratio must be in \(0, 1\]"),
         (["--base-url", "127.0.0.1:80"], "base_url must begin with http"),
-        (["--option", "min_clarity=0.5"], "does not use min_clarity"),
-        (["--option", "nonsense=1"], "unknown keys"),
+        (["--option", "min_clarity=0.5"], "unknown key 'dataset.min_clarity'"),
+        (["--option", "nonsense=1"], "unknown key 'dataset.nonsense'"),
         (["--option", "held_out"], "KEY=VALUE"),
-        (["--option", "held_out=many"], "held_out must be of type float"),
+        (["--option", "held_out=many"], "held_out must be a number"),
         (["--data", "/no/such.jsonl"], "no file there"),
         (["--allow", "boring"], "allow must be names out of"),
         (["--min-words", "0"], "min_words"),

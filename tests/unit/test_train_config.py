@@ -42,7 +42,7 @@ def test_overrides() -> None:
     assert isinstance(settings.optimizer.lr, float)
     assert settings.output == "/x y/z"
     assert [s.sources[0].limit for s in settings.stages] == [3, 0]
-    assert settings_from(raw()).stage("b").tau == 1.5
+    assert settings_from(raw()).named("b").tau == 1.5
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_overrides() -> None:
         ("output=", ["output"]),
         ("stages=1", ["'stages'", "did you mean 'stage'"]),
         ("seed.x=1", ["'seed'", "table"]),
-        ("nothing", ["NAME=VALUE"]),
+        ("nothing", ["KEY=VALUE"]),
     ],
 )
 def test_wrong_overrides_are_refused(override: str, words: list[str]) -> None:
@@ -99,5 +99,5 @@ def test_what_a_resumed_run_may_change() -> None:
     assert [name for override in free for name in changed(override)] == []
     assert changed("optimizer.lr=0.5") == ["optimizer.lr"]
     assert changed("seed=3") == ["seed"]
-    assert changed("stage.b.tau=1.1") == ["stages.b.tau"]
-    assert changed("stage.a.sources.0.limit=9") == ["stages.a.sources"]
+    assert changed("stage.b.tau=1.1") == ["stage.b.tau"]
+    assert changed("stage.a.sources.0.limit=9") == ["stage.a.sources"]

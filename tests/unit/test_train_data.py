@@ -18,7 +18,7 @@ from score_vllm.train.data.clips import ClipReader, encode_mp4, fit_within, lett
 from score_vllm.train.data.koala import parse_timestamps
 from score_vllm.train.data.records import RecordSource
 from score_vllm.train.data.sample import BrokenSampleError
-from score_vllm.train.data.sources import SourceConfig, open_source
+from score_vllm.train.data.sources import open_source, source_config
 from score_vllm.video import decode_video
 from score_vllm.video.sampling import sample_frame_indices
 
@@ -26,7 +26,7 @@ MC = "What moves?\nA. A square.\nB. A dog.\nPlease respond with only the letter 
 
 
 def opened(cache: Path, **fields: Any) -> RecordSource:
-    source = open_source(SourceConfig(cache=str(cache), **fields))
+    source = open_source(source_config(cache=str(cache), **fields))
     assert isinstance(source, RecordSource)
     return source
 
@@ -112,10 +112,10 @@ def test_llava_video(llava: Path, tmp_path: Path, clips: dict[str, Path]) -> Non
 
 
 def test_llava_video_all_turns_and_other_roots(llava: Path, tmp_path: Path) -> None:
-    source = opened(tmp_path / "cache", kind="llava-video", path=str(llava), split="all", turns="all", limit=2)
+    source = opened(tmp_path / "cache", kind="llava-video", path=str(llava), split="all", turns="all")
     assert [source.record(i).target for i in range(2)] == ["A.", "To the right."]
     assert len({source.record(i).key for i in range(2)}) == 2
-    root = opened(tmp_path / "cache", kind="llava-video", path=str(llava), media=str(tmp_path), limit=1)
+    root = opened(tmp_path / "cache", kind="llava-video", path=str(llava), media=str(tmp_path))
     assert root[0].frames.shape[0] > 1, "found below the folder of its bucket"
 
 
@@ -129,7 +129,9 @@ def test_splits_never_share_a_video(tmp_path: Path) -> None:
         (tmp_path / f"x_{kind}_processed.json").write_text(json.dumps(records))
     parts = {}
     for split in ("train", "held_out", "all"):
-        source = opened(tmp_path / "cache", kind="llava-video", path=str(tmp_path), split=split, held_out=0.2)
+        source = opened(
+            tmp_path / "cache", kind="llava-video", path=str(tmp_path), task="all", split=split, held_out=0.2
+        )
         parts[split] = [source.record(i) for i in range(len(source))]
     videos = {split: {r.video for r in records} for split, records in parts.items()}
     assert not videos["train"] & videos["held_out"]
@@ -137,7 +139,9 @@ def test_splits_never_share_a_video(tmp_path: Path) -> None:
     assert len(parts["train"]) + len(parts["held_out"]) == len(parts["all"]) == 600
     assert 0.1 < len(videos["held_out"]) / 100 < 0.3
     assert len({r.key for r in parts["all"]}) == 600
-    again = opened(tmp_path / "cache2", kind="llava-video", path=str(tmp_path), split="held_out", held_out=0.2)
+    again = opened(
+        tmp_path / "cache2", kind="llava-video", path=str(tmp_path), task="all", split="held_out", held_out=0.2
+    )
     assert [again.record(i) for i in range(len(again))] == parts["held_out"]
 
 

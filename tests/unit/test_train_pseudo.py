@@ -14,7 +14,7 @@ from PIL import Image
 
 from score_vllm.train.data import pseudo
 from score_vllm.train.data.sample import BrokenSampleError
-from score_vllm.train.data.sources import SourceConfig, open_source
+from score_vllm.train.data.sources import open_source, source_config
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -49,8 +49,8 @@ def make(tmp_path: Path) -> Callable[..., Any]:
         folder = tmp_path / "aokvqa(cauldron,llava_format)"
         folder.mkdir(exist_ok=True)
         parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / name, row_group_size=group)
-        fields = {"split": "all", "cache": str(tmp_path / "cache"), **fields}
-        return open_source(SourceConfig("onevision-pseudo", str(folder), **fields))
+        fields = {"split": "all", "subsets": ["all"], "cache": str(tmp_path / "cache"), **fields}
+        return open_source(source_config(kind="onevision-pseudo", path=str(folder), **fields))
 
     return make
 
@@ -165,13 +165,13 @@ def test_files_that_are_no_data(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match="not a parquet file"):
-        open_source(SourceConfig("onevision-pseudo", str(path)))
+        open_source(source_config(kind="onevision-pseudo", path=str(path)))
     parquet.write_table(pa.table({"id": ["a"]}), path)
     with pytest.raises(ValueError, match=r"lacks the columns \['conversations', 'image'\]"):
-        open_source(SourceConfig("onevision-pseudo", str(path)))
+        open_source(source_config(kind="onevision-pseudo", path=str(path)))
     parquet.write_table(pa.table({"id": ["a"], "conversations": ["b"], "image": ["c"]}), path)
     with pytest.raises(ValueError, match="image must be a struct"):
-        open_source(SourceConfig("onevision-pseudo", str(path)))
+        open_source(source_config(kind="onevision-pseudo", path=str(path)))
 
 
 def test_a_damaged_page_is_a_broken_sample(make: Callable[..., Any], tmp_path: Path) -> None:
@@ -180,14 +180,14 @@ def test_a_damaged_page_is_a_broken_sample(make: Callable[..., Any], tmp_path: P
     data = bytearray(path.read_bytes())
     data[4:600] = bytes(596)
     path.write_bytes(bytes(data))
-    source = open_source(SourceConfig("onevision-pseudo", str(path), split="all"))
+    source = open_source(source_config(kind="onevision-pseudo", path=str(path), split="all"))
     with pytest.raises(BrokenSampleError, match="parquet#0"):
         source[0]
 
 
 def test_shared_sample(shared_dir: Path) -> None:
     path = shared_dir / "samples" / "onevision_train-00000-of-00001.parquet"
-    source = open_source(SourceConfig("onevision-pseudo", str(path), split="all"))
+    source = open_source(source_config(kind="onevision-pseudo", path=str(path), split="all"))
     assert len(source) == 2
     with pytest.raises(BrokenSampleError, match=r"000000033471.*no second usable image"):
         source[0]

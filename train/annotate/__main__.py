@@ -12,12 +12,12 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from score_vllm.train.annotate.filters import REASONS, CaptionFilter
-from score_vllm.train.data.config import KINDS, SourceConfig
+from score_vllm.train.data.config import KINDS, FileConfig, SourceConfig, source_config
+from score_vllm.train.schema import parse_override
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--data", default="", metavar="PATH", help="its file, folder or pattern")
     data.add_argument("--media", default="", metavar="DIR", help="folder that the videos' paths start from")
     data.add_argument("--split", default="", help="train, held_out or all (default: all; world kinds: their own)")
-    data.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N records")
+    data.add_argument("--limit", type=int, default=0, metavar="N", help="only N records, a seeded sample")
     data.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="another field of the source, repeatable"
     )
@@ -75,25 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def source_config(args: argparse.Namespace) -> SourceConfig:
+def _source(args: argparse.Namespace) -> SourceConfig:
     """The dataset's description from the options.
 
     Raises:
         ValueError: an unknown key, or a value out of range.
     """
-    raw: dict[str, Any] = {"kind": args.kind, "path": args.data, "media": args.media, "limit": args.limit}
-    raw["split"] = args.split or ("all" if "path" in KINDS[args.kind] else "")
-    types = {spec.name: str(spec.type) for spec in dataclasses.fields(SourceConfig)}
-    parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _boolean}
+    raw: dict[str, Any] = {"limit": args.limit, "split": args.split}
+    raw |= {name: value for name, value in (("path", args.data), ("media", args.media)) if value}
+    if issubclass(KINDS[args.kind], FileConfig) and not args.split:
+        raw["split"] = "all"
     for option in args.option:
-        key, separator, value = option.partition("=")
-        if not separator:
-            raise ValueError(f"--option must be KEY=VALUE, got {option!r}")
-        try:
-            raw[key] = parsers.get(types.get(key, ""), str)(value)
-        except ValueError as error:
-            raise ValueError(f"--option {key} must be of type {types[key]}, got {value!r}") from error
-    return SourceConfig.from_mapping(raw)
+        (key, *deeper), value = parse_override(option, "--option")
+        raw[".".join([key, *deeper])] = value
+    return source_config("dataset", kind=args.kind, **raw)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output must end in .jsonl, got {str(args.output)!r}")
     if args.concurrency < 1:
         raise ValueError(f"--concurrency must be >= 1, got {args.concurrency}")
-    config = source_config(args)
+    config = _source(args)
     allow = tuple(name.strip() for name in args.allow.split(",") if name.strip())
     judge = CaptionFilter(
         args.min_words,
@@ -145,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--kind {args.kind} has no video files; name a folder for them with --clips DIR")
     else:
         items = MadeItems(source, args.prompt, args.clips)
-    described = dataclasses.asdict(config)
+    described = config.model_dump(mode="json")
     # What decides an answer, and nothing else: the endpoint may move, and the limit may grow.
     for name in ("limit", "weight", "cache"):
         del described[name]
@@ -201,12 +196,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"annotate: error: {error}", file=sys.stderr)
         code = EXIT_USAGE
     sys.exit(code)
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from score_vllm.train.annotate.filters import CaptionFilter, clean
 from score_vllm.train.annotate.log import AnnotationLog, Outcome, write_lines
 from score_vllm.train.annotate.teacher import AnswerError, NoAnswerError, Teacher, TeacherError
 from score_vllm.train.data.clips import encode_mp4
-from score_vllm.train.data.config import SourceConfig
+from score_vllm.train.data.config import JsonlConfig
 from score_vllm.train.data.records import DEFAULT_PROMPT, JsonlSource, RecordSource, VideoRecord
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource
 
@@ -242,7 +242,7 @@ def write_results(items: Items, log: AnnotationLog, output: Path, failures: Path
 def _check(path: Path, count: int) -> None:
     """The file must be what the ``jsonl`` source reads."""
     with tempfile.TemporaryDirectory(prefix="score-annotate-") as cache:
-        source = JsonlSource(SourceConfig("jsonl", str(path), split="all", cache=cache))
+        source = JsonlSource(JsonlConfig(kind="jsonl", path=str(path), split="all", cache=cache))
         if len(source) != count:
             raise RuntimeError(f"{path}: {count} annotations were written, {len(source)} read back")
         for index in range(count):

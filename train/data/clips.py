@@ -54,7 +54,7 @@ class ClipReader:
     max_pixels: int = DEFAULT_MAX_PIXELS
     limits: DecodeLimits = field(default_factory=DecodeLimits)
 
-    def read(self, path: Path, name: str) -> Clip:
+    def read(self, path: Path, name: str, start: float | None = None, end: float | None = None) -> Clip:
         """Frames of a video file, or of a folder of pictures.
 
         A one-frame video gives two copies of it, as the model's processor would make them.
@@ -62,6 +62,7 @@ class ClipReader:
         Args:
             path: file or folder.
             name: of the sample, for the error.
+            start, end: seconds to read; None where the video begins and ends.
 
         Returns:
             The clip; see :class:`Clip`.
@@ -69,8 +70,10 @@ class ClipReader:
         Raises:
             BrokenSampleError: the file is missing, damaged, above a limit, or not a video.
         """
+        if start is not None or end is not None:
+            raise BrokenSampleError(f"{name}: a part of a video ({start} to {end} s) cannot be read yet")
         try:
-            clip = self._folder(path) if path.is_dir() else self._file(path)
+            clip = self._folder(path, start, end) if path.is_dir() else self._file(path, start, end)
         except VideoError as error:
             raise BrokenSampleError(f"{name}: {path}: {error}") from error
         except OSError as error:
@@ -80,7 +83,7 @@ class ClipReader:
             frames = np.repeat(frames, MIN_FRAMES, axis=0)
         return Clip(frames, clip.fps)
 
-    def _file(self, path: Path) -> Clip:
+    def _file(self, path: Path, start: float | None, end: float | None) -> Clip:
         if path.stat().st_size > self.limits.max_bytes:
             raise VideoError(
                 f"the video has {path.stat().st_size} bytes, more than max_bytes = {self.limits.max_bytes}"
@@ -88,7 +91,7 @@ class ClipReader:
         video = decode_video_isolated(path.read_bytes(), fps=self.fps, max_frames=self.max_frames, limits=self.limits)
         return Clip(video.frames, len(video.indices) / video.total_frames * video.fps)
 
-    def _folder(self, path: Path) -> Clip:
+    def _folder(self, path: Path, start: float | None, end: float | None) -> Clip:
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES), key=_by_number)
         if not files:
             raise VideoError(f"the folder has no frames ({', '.join(PICTURE_SUFFIXES)})")

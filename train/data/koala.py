@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from score_vllm.train.data.clips import VIDEO_SUFFIXES
-from score_vllm.train.data.config import SourceConfig
+from score_vllm.train.data.config import KoalaConfig
 from score_vllm.train.data.record_index import Entry, with_progress
 from score_vllm.train.data.record_scan import parse_csv_row, scan_csv
 from score_vllm.train.data.records import DEFAULT_PROMPT, RecordSource, VideoRecord, log_dropped
@@ -30,12 +30,14 @@ _TIME = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 class KoalaSource(RecordSource):
     """Rows ``videoID,url,timestamp,caption,*_score`` with their clips; filters apply when the index is built.
 
-    Clips of one YouTube video (``<youtube id>_<clip index>``) are all in the same split.
+    A clip is the file ``<videoID>.mp4`` (or another suffix) in the media folder, else its time span of the whole video
+    ``<youtube id>.mp4``. Clips of one YouTube video (``<youtube id>_<clip index>``) are all in the same split.
     """
 
     suffixes = (".csv",)
+    config: KoalaConfig
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: KoalaConfig) -> None:
         self._columns: dict[Path, list[str]] = {}
         self._present: frozenset[str] | None = None
         if config.present_only and Path(config.media).expanduser().is_dir():
@@ -69,8 +71,7 @@ class KoalaSource(RecordSource):
                 if self._unnamed_in_split():
                     yield offset, length, 0
                 continue
-            # "<youtube id>_<clip index>"; the id itself may hold underscores.
-            if not self._in_split(fields["videoID"].rpartition("_")[0] or fields["videoID"]):
+            if not self._in_split(_youtube_id(fields["videoID"])):
                 continue
             if reason := self._refused(fields):
                 dropped[reason] += 1
@@ -79,7 +80,8 @@ class KoalaSource(RecordSource):
         log_dropped(path, dropped)
 
     def _refused(self, fields: dict[str, str]) -> str:
-        if self._present is not None and fields["videoID"] not in self._present:
+        names = {fields["videoID"], _youtube_id(fields["videoID"])}
+        if self._present is not None and not names & self._present:
             return "present_only"
         for name, column in SCORES.items():
             least = getattr(self.config, name)
@@ -110,12 +112,19 @@ class KoalaSource(RecordSource):
             raise BrokenSampleError(f"{where}: videoID must be letters, digits, '_' and '-', got {video[:80]!r}")
         key = f"{where}:{video}"
         try:
-            parse_timestamps(fields["timestamp"])
+            span = parse_timestamps(fields["timestamp"])
         except ValueError as error:
             raise BrokenSampleError(f"{key}: {error}") from error
-        tries = [self._media(path) / f"{video}{suffix}" for suffix in VIDEO_SUFFIXES]
-        clip = next((p for p in tries if p.exists()), tries[0])
-        return VideoRecord(key, clip, self.config.prompt or DEFAULT_PROMPT, fields["caption"].strip())
+        names = (video, _youtube_id(video))
+        tries = [(self._media(path) / f"{name}{suffix}", name) for name in names for suffix in VIDEO_SUFFIXES]
+        file, name = next(((p, n) for p, n in tries if p.exists()), tries[0])
+        window = span if name != video else (None, None)
+        return VideoRecord(key, file, self.config.prompt or DEFAULT_PROMPT, fields["caption"].strip(), *window)
+
+
+def _youtube_id(video: str) -> str:
+    """``<youtube id>_<clip index>`` without its index; the id itself may hold underscores."""
+    return video.rpartition("_")[0] or video
 
 
 def parse_timestamps(text: str) -> tuple[float, float]:

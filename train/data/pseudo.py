@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from score_vllm.demo import cache_directory
 from score_vllm.train.data.clips import decode_picture, fit_within, letterbox
-from score_vllm.train.data.config import SourceConfig
-from score_vllm.train.data.record_index import Entry, RecordIndex, data_files, in_split, open_index
+from score_vllm.train.data.config import OneVisionConfig
+from score_vllm.train.data.record_index import Entry, RecordIndex, data_files, in_split, open_index, sample_rows
 from score_vllm.train.data.records import pairs_of, relative_media
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.video import DecodeLimits
@@ -46,8 +46,8 @@ class _Row:
 class OneVisionPseudoSource:
     """Pseudo-videos from LLaVA-OneVision-Data's parquet files.
 
-    Sample i begins with the image of row i of the split, followed by one to three other images of nearby rows
-    (windows of 256 within a row group), drawn by ``(seed, i)``; each is held for 3 to 6 frames. A row without image
+    Every sample begins with the image of its row, followed by one to three other images of nearby rows
+    (windows of 256 within a row group), drawn by seed and row; each is held for 3 to 6 frames. A row without image
     or without an answer by gpt is a broken sample, and never drawn as a companion. All images of a clip are
     brought to the size of the first by letterboxing: their shape is kept, the rest is black. The captions (each
     conversation's first answer) are joined by line ends.
@@ -62,13 +62,13 @@ class OneVisionPseudoSource:
         ValueError: a file is no parquet file or lacks a column, or no row is left.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: OneVisionConfig) -> None:
         self.config = config
         if config.media and not Path(config.media).expanduser().is_dir():
             raise FileNotFoundError(f"source media {config.media!r} is not a folder")
         root = Path(config.path).expanduser()
         cache = Path(config.cache).expanduser() if config.cache else cache_directory() / "index"
-        self._files = [_ParquetFile(path) for path in data_files(config.path, (".parquet",))]
+        self._files = [_ParquetFile(path) for path in self._select(data_files(config.path, (".parquet",)))]
         self._names = [
             f.path.relative_to(root).as_posix() if root in f.path.parents else f.path.name for f in self._files
         ]
@@ -80,12 +80,26 @@ class OneVisionPseudoSource:
             settings = {"kind": config.kind, "split": config.split or "train", "held_out": config.held_out}
             self._rows.append(open_index(file.path, settings, lambda file=file: self._entries(file), cache))  # type: ignore[misc]
         self._ends = list(accumulate(len(rows) for rows in self._rows))
+        self._sample = sample_rows(self._ends[-1], config.limit, config.seed)
         if not len(self):
             raise ValueError(f"source path {config.path!r}: no row is left in split {config.split or 'train'!r}")
 
     def __len__(self) -> int:
-        total = self._ends[-1]
-        return min(total, self.config.limit) if self.config.limit else total
+        return len(self._sample)
+
+    def _select(self, paths: list[Path]) -> list[Path]:
+        """Files in the folders of the wanted subsets; a single file that ``path`` names in any case."""
+        wanted, root = self.config.subsets, Path(self.config.path).expanduser()
+        if "all" in wanted or root.is_file():
+            return paths
+        chosen = [p for p in paths if p.parent.name in wanted]
+        if not chosen:
+            there = sorted({p.parent.name for p in paths})
+            raise ValueError(
+                f"source path {self.config.path!r}: no folder of it is one of subsets = {list(wanted)}; there are "
+                f"{there[:10]}; name others, or ['all']"
+            )
+        return chosen
 
     def __getitem__(self, index: int) -> TrainingSample:
         """Sample ``index``; ``fps`` is the source's.
@@ -96,16 +110,15 @@ class OneVisionPseudoSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample index must be in [0, {len(self)}), got {index}")
-        at = bisect.bisect_right(self._ends, index)
+        row = self._sample[index]
+        at = bisect.bisect_right(self._ends, row)
         file, name = self._files[at], self._names[at]
-        entry = self._rows[at][index - (self._ends[at - 1] if at else 0)]
+        entry = self._rows[at][row - (self._ends[at - 1] if at else 0)]
         import pyarrow as pa
 
         row_number = entry if isinstance(entry, int) else entry[0]
         try:
-            return self._make(
-                file, f"{name}#{row_number}", row_number, np.random.default_rng([self.config.seed, index])
-            )
+            return self._make(file, f"{name}#{row_number}", row_number, np.random.default_rng([self.config.seed, row]))
         except (OSError, pa.ArrowException) as error:  # a file that is gone, a damaged page
             raise BrokenSampleError(f"{name}#{row_number}: {error}") from error
 

@@ -9,10 +9,11 @@ import logging
 import os
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -147,6 +148,27 @@ def is_held_out(video: str, fraction: float) -> bool:
 def in_split(video: str, split: str, fraction: float) -> bool:
     """Whether a video belongs to ``train``, ``held_out`` or ``all``; an empty split is ``train``."""
     return split == "all" or is_held_out(video, fraction) == (split == "held_out")
+
+
+def sample_rows(total: int, limit: int, seed: int) -> Sequence[int]:
+    """Rows that a ``limit`` leaves: a seeded sample over all of them, ascending; a larger limit only adds rows.
+
+    Args:
+        total: rows there are.
+        limit: rows to keep; 0, or ``total`` and more, keeps all.
+        seed: of the sample.
+    """
+    if not 0 < limit < total:
+        return range(total)
+    # Every row has its own random number (SplitMix64 of seed and row); those with the smallest ones are kept.
+    mixed = np.arange(total, dtype=np.uint64) + np.uint64((seed << 32) % 2**64)
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    kept: list[int] = np.sort(np.argpartition(mixed, limit)[:limit]).tolist()
+    return kept
 
 
 def data_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:

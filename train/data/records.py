@@ -16,8 +16,16 @@ from typing import Any
 
 from score_vllm.demo import cache_directory
 from score_vllm.train.data.clips import ClipReader
-from score_vllm.train.data.config import SourceConfig
-from score_vllm.train.data.record_index import Entry, FileReader, data_files, in_split, open_index, with_progress
+from score_vllm.train.data.config import JsonlConfig, LlavaVideoConfig, VideoConfig
+from score_vllm.train.data.record_index import (
+    Entry,
+    FileReader,
+    data_files,
+    in_split,
+    open_index,
+    sample_rows,
+    with_progress,
+)
 from score_vllm.train.data.record_scan import scan_json_array, scan_lines
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 
@@ -36,12 +44,15 @@ class VideoRecord:
         video: file, or folder of frames; it may be missing.
         prompt: the user's text without placeholders.
         target: the response; may be empty where the data brings none, which only an annotator can use.
+        start, end: seconds of the video that the record is about; None where it is about all of it.
     """
 
     key: str
     video: Path
     prompt: str
     target: str
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,12 @@ class RecordSource(ABC):
 
     suffixes: tuple[str, ...]
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: VideoConfig) -> None:
         self.config = config
         self._clips = ClipReader(config.fps, config.max_frames, config.max_pixels)
         if config.media and not Path(config.media).expanduser().is_dir():
             raise FileNotFoundError(f"source media {config.media!r} is not a folder")
-        paths = data_files(config.path, self.suffixes)
+        paths = self._select(data_files(config.path, self.suffixes))
         cache = Path(config.cache).expanduser() if config.cache else cache_directory() / "index"
         root = Path(config.path).expanduser()
         self._files = []
@@ -79,12 +90,12 @@ class RecordSource(ABC):
             index = open_index(path, self._index_settings(path), lambda path=path: self._entries(path), cache)  # type: ignore[misc]
             self._files.append(_DataFile(path, name, FileReader(path), index))
         self._ends = list(accumulate(len(file.index) for file in self._files))
+        self._rows = sample_rows(self._ends[-1], config.limit, config.seed)
         if not len(self):
             raise ValueError(f"source path {config.path!r}: no record is left in split {config.split or 'train'!r}")
 
     def __len__(self) -> int:
-        total = self._ends[-1]
-        return min(total, self.config.limit) if self.config.limit else total
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> TrainingSample:
         """Sample ``index``.
@@ -96,7 +107,7 @@ class RecordSource(ABC):
         record = self.record(index)
         if not record.target.strip():
             raise BrokenSampleError(f"{record.key}: the response is empty")
-        clip = self._clips.read(record.video, record.key)
+        clip = self._clips.read(record.video, record.key, record.start, record.end)
         return TrainingSample(record.key, clip.frames, clip.fps, record.prompt, record.target)
 
     def record(self, index: int) -> VideoRecord:
@@ -108,14 +119,19 @@ class RecordSource(ABC):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample index must be in [0, {len(self)}), got {index}")
-        at = bisect.bisect_right(self._ends, index)
+        row = self._rows[index]
+        at = bisect.bisect_right(self._ends, row)
         file = self._files[at]
-        offset, length, part = file.index[index - (self._ends[at - 1] if at else 0)]
+        offset, length, part = file.index[row - (self._ends[at - 1] if at else 0)]
         where = f"{file.name}@{offset}"
         try:
             return self._parse(file.path, where, file.reader.read(offset, length), part)
         except OSError as error:
             raise BrokenSampleError(f"{where}: {error}") from error
+
+    def _select(self, paths: list[Path]) -> list[Path]:
+        """The files to read, of those that ``path`` means."""
+        return paths
 
     def _index_settings(self, path: Path) -> dict[str, Any]:
         """What decides which records the index holds, beside the file."""
@@ -149,6 +165,19 @@ class LlavaVideoSource(RecordSource):
     """
 
     suffixes = (".json", ".jsonl")
+    config: LlavaVideoConfig
+
+    def _select(self, paths: list[Path]) -> list[Path]:
+        task, chosen = self.config.task, paths
+        if task != "all" and not Path(self.config.path).expanduser().is_file():
+            marks = ("_oe_", "_mc_", "_qa_") if task == "qa" else (f"_{task}_",)
+            chosen = [p for p in paths if any(mark in p.name for mark in marks)]
+        if not chosen:
+            raise ValueError(
+                f"source path {self.config.path!r}: no file name holds {' or '.join(marks)} (task = {task!r}); there "
+                f"are {[p.name for p in paths[:5]]}; name another task, 'all', or one file"
+            )
+        return chosen
 
     def _index_settings(self, path: Path) -> dict[str, Any]:
         return {**super()._index_settings(path), "turns": self.config.turns}
@@ -190,11 +219,13 @@ class LlavaVideoSource(RecordSource):
 class JsonlSource(RecordSource):
     """JSON lines ``{"video": path, "prompt": text, "caption" or "target": text}``; other keys are passed over.
 
-    A path may be absolute, or start from ``media`` (else the file's folder). Without ``prompt`` the source's own
-    is asked. This is what ``python -m score_vllm.train.annotate`` writes.
+    ``start`` and ``end``, in seconds, bound the part of the video that a record is about. A path may be absolute, or
+    start from ``media`` (else the file's folder). Without ``prompt`` the source's own is asked. This is what
+    ``python -m score_vllm.train.annotate`` writes.
     """
 
     suffixes = (".jsonl",)
+    config: JsonlConfig
 
     def _entries(self, path: Path) -> Iterator[Entry]:
         for offset, length, record in with_progress(path, _scan_json_lines(path)):
@@ -218,7 +249,8 @@ class JsonlSource(RecordSource):
             raise BrokenSampleError(f"{key}: both caption and target are there, and differ")
         target = texts.get("target", texts.get("caption", ""))
         prompt = _PLACEHOLDER.sub("\n", texts.get("prompt", "")).strip()
-        return VideoRecord(key, place, prompt or self.config.prompt or DEFAULT_PROMPT, target.strip())
+        window = [_seconds(record, name, key) for name in ("start", "end")]
+        return VideoRecord(key, place, prompt or self.config.prompt or DEFAULT_PROMPT, target.strip(), *window)
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
@@ -266,6 +298,13 @@ def pairs_of(conversations: Any) -> list[tuple[str, str]]:
             pairs.append((question, text.strip()))
             question = None
     return pairs
+
+
+def _seconds(record: dict[str, Any], name: str, key: str) -> float | None:
+    value = record.get(name)
+    if value is not None and not (type(value) in (int, float) and 0 <= value < float("inf")):
+        raise BrokenSampleError(f"{key}: {name} must be seconds >= 0, got {value!r}")
+    return value
 
 
 def log_dropped(path: Path, dropped: Counter[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the trainer eats: one video, what is asked of it, and the answer it should get."""
+"""A training sample: one video, what is asked of it, and the answer it should get."""
 
 from __future__ import annotations
 

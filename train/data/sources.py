@@ -1,4 +1,4 @@
-"""The one door to training data: a description in, samples by index out."""
+"""Opening training data: a description in, samples by index out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from score_vllm.train.data.config import SourceConfig
+from score_vllm.train.data.config import (
+    KoalaConfig,
+    LlavaVideoConfig,
+    OneVisionConfig,
+    SourceConfig,
+    WorldConfig,
+    source_config,
+)
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
 
-__all__ = ["MixedSource", "SourceConfig", "open_mixed", "open_source"]
+__all__ = ["MixedSource", "open_mixed", "open_source", "source_config"]
 
 # Positions after which the pattern of a mixture repeats; shares are multiples of 1 / _PERIOD.
 _PERIOD = 1000
@@ -32,21 +39,21 @@ def open_source(spec: SourceConfig) -> SampleSource:
         ModuleNotFoundError: pyarrow is needed and missing; the message says how to get it.
         ValueError: a file is damaged as a whole, or nothing is left of it.
     """
-    if spec.kind in ("world", "world-pseudo"):
+    if isinstance(spec, WorldConfig):
         return _open_world(spec)
-    if spec.kind == "onevision-pseudo":
+    if isinstance(spec, OneVisionConfig):
         if importlib.util.find_spec("pyarrow") is None:
             raise ModuleNotFoundError("source of kind 'onevision-pseudo' needs pyarrow: pip install score-vllm[train]")
         from score_vllm.train.data.pseudo import OneVisionPseudoSource
 
         return OneVisionPseudoSource(spec)
-    if spec.kind == "koala":
+    if isinstance(spec, KoalaConfig):
         from score_vllm.train.data.koala import KoalaSource
 
         return KoalaSource(spec)
     from score_vllm.train.data.records import JsonlSource, LlavaVideoSource
 
-    return LlavaVideoSource(spec) if spec.kind == "llava-video" else JsonlSource(spec)
+    return LlavaVideoSource(spec) if isinstance(spec, LlavaVideoConfig) else JsonlSource(spec)
 
 
 def open_mixed(specs: Sequence[SourceConfig], seed: int = 0) -> SampleSource:
@@ -141,7 +148,7 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
     return quotas
 
 
-def _open_world(spec: SourceConfig) -> SampleSource:
+def _open_world(spec: WorldConfig) -> SampleSource:
     if importlib.util.find_spec("score_vllm.train.world.scenes") is None:
         raise ValueError(f"source of kind {spec.kind!r}: this installation has no score_vllm.train.world.scenes")
     world = importlib.import_module("score_vllm.train.world.scenes")
