@@ -17,8 +17,8 @@ from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from score_vllm.config import MEDIA_CONNECTOR
-from score_vllm.video.decode import DecodedVideo, DecodeLimits, VideoError, probe_video
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
+from score_vllm.video import DecodeLimits, VideoError
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 from score_vllm.video.sandbox import decode_video_isolated
 
 PYAV_LOADER = "score_pyav"
@@ -53,11 +53,7 @@ class PyAVVideoLoader(VideoLoader):
 
 @VIDEO_LOADER_REGISTRY.register(DECORD_LOADER)
 class DecordVideoLoader(VideoLoader):
-    """Decoding with decord, after the same checks.
-
-    decord's reader decodes ahead without bound while it is open, so it is closed as soon as the frames are out.
-    Its FFmpeg is of 2019 and cannot be stopped by the deadline: prefer the default for untrusted files.
-    """
+    """Decoding with decord where it can read the file rightly, else as the default loader; in the same sandbox."""
 
     @classmethod
     def load_bytes(
@@ -68,29 +64,8 @@ class DecordVideoLoader(VideoLoader):
         **limits: Any,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """``(frames [F, H, W, 3] uint8, metadata)``; raises ValueError for anything that cannot be decoded."""
-        try:
-            import decord
-        except ImportError as error:
-            raise ValueError("video_backend 'score_decord' needs: pip install 'score-vllm[decord]'") from error
-        bounds = _limits(limits)
-        probe_video(data, bounds)
-        reader = None
-        try:
-            reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-            total, rate = len(reader), float(reader.get_avg_fps())
-            wanted = sample_frame_indices(total, rate, fps, num_frames)
-            height, width = reader[0].shape[:2]
-            if height * width * 3 * len(wanted) > bounds.max_output_bytes:
-                raise VideoError(
-                    f"{len(wanted)} frames of {width}x{height} pixels are more than "
-                    f"max_output_bytes = {bounds.max_output_bytes}; ask for fewer frames"
-                )
-            frames = reader.get_batch(wanted).asnumpy()
-        except (decord.DECORDError, IndexError) as error:
-            raise VideoError(f"the file is not a video that decord can decode: {error}") from error
-        finally:
-            del reader
-        return frames, DecodedVideo(frames, wanted, total, rate, total / rate).metadata(DECORD_LOADER)
+        video = decode_video_isolated(data, fps=fps, max_frames=num_frames, limits=_limits(limits), backend="decord")
+        return video.frames, video.metadata(DECORD_LOADER)
 
 
 class LimitedVideoMediaIO(VideoMediaIO):

@@ -1,6 +1,8 @@
 """From the bytes of a video file to the frames that the model sees, with limits; needs neither vllm nor torch."""
 
-from score_vllm.video.container import DecodeLimits, VideoError
-from score_vllm.video.decode import DecodedVideo, decode_video
+from score_vllm.video.container import DecodeLimits, VideoError, VideoWindowError
+from score_vllm.video.decode import decode_video
+from score_vllm.video.picture import Resize
+from score_vllm.video.result import DecodedVideo
 
-__all__ = ["DecodeLimits", "DecodedVideo", "VideoError", "decode_video"]
+__all__ = ["DecodeLimits", "DecodedVideo", "Resize", "VideoError", "VideoWindowError", "decode_video"]

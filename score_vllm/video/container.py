@@ -1,4 +1,4 @@
-"""Opening untrusted video files: what may be opened at all, what it may cost, and where its frames are."""
+"""Opening untrusted video files: what may be opened at all, what it may cost, and which stream is the video."""
 
 from __future__ import annotations
 
@@ -9,31 +9,66 @@ from typing import Any
 
 import av
 
-# FFmpeg demuxers and decoders that a hostile file may reach. No playlists (hls, concat): they open other files.
-CONTAINERS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
+# FFmpeg demuxers that a hostile file may reach. No playlists (hls, concat): they open other files.
+CONTAINERS = (
+    "mov",
+    "mp4",
+    "m4a",
+    "3gp",
+    "3g2",
+    "mj2",
+    "matroska",
+    "webm",
+    "avi",
+    "mpegts",
+    "mpeg",
+    "flv",
+    "ogg",
+    "asf",
+    "gif",
+    "apng",
+)
+# What the refusals name; AVIF is read by the mov demuxer, animated WebP by Pillow.
+CONTAINER_NAMES = (
+    "MP4, MOV, 3GP, Matroska, WebM, AVI, MPEG-TS, MPEG-PS, FLV, Ogg, ASF/WMV, or an animated GIF, PNG, WebP or AVIF"
+)
+# Canonical codec names, as FFmpeg's `codec_id` has them: a decoder may call itself something else.
 CODECS = (
     "h264",
     "hevc",
     "av1",
-    "libdav1d",
     "vp8",
     "vp9",
-    "libvpx",
-    "libvpx-vp9",
     "mpeg4",
     "mpeg2video",
     "mpeg1video",
     "mjpeg",
+    "msmpeg4v2",
     "msmpeg4v3",
+    "wmv1",
+    "wmv2",
     "h263",
-    "flv",
+    "flv1",
     "theora",
     "prores",
+    "qtrle",
+    "gif",
+    "apng",
 )
+# Decoders of those codecs under other names.
+_DECODERS = (*CODECS, "libdav1d", "libvpx", "libvpx-vp9", "msmpeg4", "flv")
 
 
 class VideoError(ValueError):
-    """The file cannot be decoded, or exceeds a limit; the message says which."""
+    """The file cannot be decoded, or exceeds a limit; the message says which in one sentence."""
+
+
+class VideoWindowError(VideoError):
+    """``start`` or ``end`` does not fit the video; ``field`` is the one at fault."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +77,10 @@ class DecodeLimits:
 
     Attributes:
         max_bytes: size of the encoded file.
-        max_pixels: width * height of a frame.
+        max_pixels: width * height of a frame in the file.
         max_source_frames: frames in the file, read or not.
         max_duration: seconds of video in the file.
-        max_output_bytes: decoded RGB bytes held at once.
+        max_output_bytes: decoded RGB bytes of the frames read, at the size that they are delivered in.
         max_memory: memory of the decoding process beyond its start, where decoding has a process of its own.
         deadline: seconds that decoding may take, after which it is ended.
     """
@@ -56,7 +91,7 @@ class DecodeLimits:
     max_duration: float = 6 * 3600.0
     max_output_bytes: int = 1 << 30
     max_memory: int = 3 << 30
-    deadline: float = 120.0
+    deadline: float = 30.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -66,6 +101,8 @@ class DecodeLimits:
 
 
 class Deadline:
+    """The moment by which decoding must be over."""
+
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
@@ -75,7 +112,7 @@ class Deadline:
             raise VideoError(f"decoding the video took longer than deadline = {self.seconds:g} s")
 
 
-class TimedBytes(io.BytesIO):
+class _TimedBytes(io.BytesIO):
     """FFmpeg reads through this object, so a demuxer that never comes to an end still meets the deadline."""
 
     def __init__(self, data: bytes, deadline: Deadline) -> None:
@@ -93,38 +130,73 @@ def check_size(data: bytes, limits: DecodeLimits) -> None:
     Raises:
         VideoError: the file is empty or above ``max_bytes``.
     """
-    if not data:
+    if not len(data):
         raise VideoError("the video is empty (0 bytes)")
     if len(data) > limits.max_bytes:
         raise VideoError(f"the video has {len(data)} bytes, more than max_bytes = {limits.max_bytes}")
 
 
-def open_video(source: io.BytesIO, limits: DecodeLimits) -> Any:
+def open_video(data: bytes, limits: DecodeLimits, deadline: Deadline) -> Any:
+    """The container, its streams probed.
+
+    Raises:
+        VideoError: no accepted container, or too damaged to be probed.
+    """
     options = {
         "format_whitelist": ",".join(CONTAINERS),
-        "codec_whitelist": ",".join(CODECS),
+        "codec_whitelist": ",".join(_DECODERS),
         "protocol_whitelist": "",
         # Probing decodes a frame or two already.
         "max_pixels": str(limits.max_pixels),
+        # AVI and others store no presentation times; FFmpeg works them out from the decode times.
+        "fflags": "+genpts",
     }
     try:
-        return av.open(source, mode="r", options=options, metadata_errors="replace")
+        return av.open(
+            _TimedBytes(data, deadline), mode="r", options=options, metadata_errors="replace", buffer_size=1 << 18
+        )
     except av.FFmpegError as error:
         raise VideoError(
-            f"the file is damaged, incomplete, or not a video in an accepted container ({', '.join(CONTAINERS)})"
+            f"the file is damaged, incomplete, or not a video in an accepted container ({CONTAINER_NAMES})"
         ) from error
 
 
-def video_stream(container: Any, limits: DecodeLimits) -> Any:
+def video_streams(container: Any) -> list[Any]:
+    """Streams that may be the video, best first: default before others, then larger before smaller.
+
+    Cover art (attached pictures) is never the video.
+
+    Raises:
+        VideoError: there is none, or none in an accepted codec.
+    """
     attached = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & attached]
     if not streams:
         raise VideoError("the file has no video stream")
-    stream = streams[0]
+    accepted = [s for s in streams if s.codec_context is not None and _codec_name(s) in CODECS]
+    if not accepted:
+        raise VideoError(f"video codec {_codec_name(streams[0])!r} is not accepted; accepted are {', '.join(CODECS)}")
+
+    def rank(stream: Any) -> tuple[bool, int, int]:
+        default = bool(stream.disposition & av.stream.Disposition.default)
+        area = stream.codec_context.width * stream.codec_context.height
+        return not default, 0 if default else -area, stream.index
+
+    return sorted(accepted, key=rank)
+
+
+def _codec_name(stream: Any) -> str:
     context = stream.codec_context
-    if context is None or context.codec.name not in CODECS:
-        name = "unknown" if context is None else context.codec.name
-        raise VideoError(f"video codec {name!r} is not accepted; accepted are {', '.join(CODECS)}")
+    return "unknown" if context is None else context.codec.canonical_name
+
+
+def prepare_stream(stream: Any, limits: DecodeLimits, threads: int) -> None:
+    """Limits and threads of its decoder.
+
+    Raises:
+        VideoError: frames above ``max_pixels``, or of unknown size.
+    """
+    context = stream.codec_context
     if context.width < 1 or context.height < 1:
         # Probing leaves the size open where it is above the limit.
         raise VideoError(f"the video's frame size is not known, or above max_pixels = {limits.max_pixels}")
@@ -135,43 +207,4 @@ def video_stream(container: Any, limits: DecodeLimits) -> Any:
     # The decoder enforces the limit too: a stream may announce one size and carry another.
     context.options = {"max_pixels": str(limits.max_pixels)}
     context.thread_type = "AUTO"
-    # Every thread holds frames; a machine's full width would be memory for nothing.
-    context.thread_count = 4
-    return stream
-
-
-class FrameIndex:
-    """Presentation order of all frames, from one pass over the packets without decoding."""
-
-    def __init__(self, container: Any, stream: Any, limits: DecodeLimits, deadline: Deadline) -> None:
-        entries: list[tuple[int | None, bool]] = []
-        try:
-            for packet in container.demux(stream):
-                deadline.check()
-                if packet.size == 0:
-                    continue
-                entries.append((packet.pts, packet.is_keyframe))
-                if len(entries) > limits.max_source_frames:
-                    raise VideoError(f"the video has more than max_source_frames = {limits.max_source_frames} frames")
-        except av.FFmpegError:
-            # A truncated file: what was read so far is what there is.
-            if not entries:
-                raise
-        if not entries:
-            raise VideoError("the video has no frames (its length is zero)")
-        stamps = [pts for pts, _ in entries if pts is not None]
-        # Without one distinct time stamp per packet, frames can only be counted.
-        self.seekable = len(stamps) == len(entries) == len(set(stamps))
-        self.order: list[int] = sorted(stamps) if self.seekable else list(range(len(entries)))
-        self.keyframes: list[int] = sorted(pts for pts, key in entries if key and pts is not None)
-        base = float(stream.time_base or 0)
-        span = (max(stamps) - min(stamps)) * base if stamps else 0.0
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if not 0 < rate < 1000:
-            rate = (len(entries) - 1) / span if span > 0 else 24.0
-        self.fps = rate
-        self.duration = max(span + 1.0 / rate, len(entries) / rate) if span else len(entries) / rate
-        if self.duration > limits.max_duration:
-            raise VideoError(
-                f"the video lasts {self.duration:.0f} s, more than max_duration = {limits.max_duration:g} s"
-            )
+    context.thread_count = threads

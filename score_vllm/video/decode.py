@@ -1,218 +1,191 @@
-"""Safe decoding of untrusted video files with PyAV: limits before and while decoding, and nothing read ahead."""
+"""Safe decoding of untrusted video files with PyAV: the pictures on screen at the times that sampling chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import av
 import numpy as np
 
+from score_vllm.video import with_decord
 from score_vllm.video.container import (
     Deadline,
     DecodeLimits,
-    FrameIndex,
-    TimedBytes,
     VideoError,
     check_size,
     open_video,
-    video_stream,
+    prepare_stream,
+    video_streams,
 )
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
+from score_vllm.video.picture import Painter, Resize
+from score_vllm.video.result import DecodedVideo
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, MIN_FRAMES, TEMPORAL_MERGE, choose
+from score_vllm.video.timeline import Timeline, read_timeline
+from score_vllm.video.walk import Walker
 
-__all__ = ["DecodeLimits", "DecodedVideo", "VideoError", "decode_video", "probe_video"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodedVideo:
-    """Sampled frames of a video.
-
-    Attributes:
-        frames: [F, H, W, 3] uint8 RGB, upright.
-        indices: F indices of those frames in the file, ascending.
-        total_frames: frames in the file.
-        fps: frames per second of the file.
-        duration: seconds.
-    """
-
-    frames: np.ndarray
-    indices: list[int]
-    total_frames: int
-    fps: float
-    duration: float
-
-    def metadata(self, loader: str = "score_pyav") -> dict[str, Any]:
-        """The metadata that vLLM's video inputs and transformers' processors expect beside the frames."""
-        return {
-            "total_num_frames": self.total_frames,
-            "fps": self.fps,
-            "duration": self.duration,
-            "video_backend": loader,
-            "frames_indices": self.indices,
-            # The frames are chosen; the model's processor must not choose again.
-            "do_sample_frames": False,
-        }
+BACKENDS = ("pyav", "decord")
+Allocate = Callable[[int], Any]
 
 
 def decode_video(
     data: bytes,
     *,
-    fps: float = DEFAULT_FPS,
+    fps: float | None = DEFAULT_FPS,
     max_frames: int = DEFAULT_MAX_FRAMES,
+    start: float | None = None,
+    end: float | None = None,
+    thinning: str = "even",
+    temporal_merge: int = TEMPORAL_MERGE,
+    min_frames: int = MIN_FRAMES,
+    resize: Resize | None = None,
     limits: DecodeLimits | None = None,
+    backend: str = "pyav",
+    threads: int = 2,
+    allocate: Allocate = bytearray,
 ) -> DecodedVideo:
-    """Decode the frames that :func:`~score_vllm.video.sampling.sample_frame_indices` asks for.
+    """Decode the pictures that :func:`~score_vllm.video.sampling.choose` asks for.
 
-    Frames are reached through key frames, one after the other: only the sampled ones are ever held. Damaged
-    packets are skipped; the frames that still decode are returned with their true indices.
+    The file is opened once: a pass over its packets gives the pictures' times, then the wanted ones are reached
+    through key frames, one after the other. Damaged packets are passed over: the picture before them stays on
+    screen, and a warning says so.
 
     Args:
         data: the file's bytes.
-        fps: frames per second to read.
-        max_frames: most frames to read.
+        fps, max_frames, start, end, thinning, temporal_merge, min_frames: see ``choose``.
+        resize: deliver the size that the model's processor will choose; None: the source's own.
         limits: what the file may cost.
+        backend: ``pyav``, or ``decord`` for what decord reads rightly (a warning says where it does not).
+        threads: of the decoder.
+        allocate: gives a writable buffer of so many bytes for the frames.
 
     Returns:
-        The frames and where they stood.
+        The frames with their times.
 
     Raises:
         VideoError: not a video, no decodable frame, a container or codec outside the allow-lists, or a limit.
+        VideoWindowError: the window does not fit the video.
     """
     limits = limits or DecodeLimits()
     check_size(data, limits)
     deadline = Deadline(limits.deadline)
     try:
-        index = _index(data, limits, deadline)
-        wanted = sample_frame_indices(len(index.order), index.fps, fps, max_frames)
-        frames, valid = _read_frames(data, index, wanted, limits, deadline)
+        with ExitStack() as stack:
+            container = stack.enter_context(open_video(data, limits, deadline))
+            streams = video_streams(container)
+            for stream in streams:
+                prepare_stream(stream, limits, threads)
+            stream, timeline = read_timeline(container, streams, limits, deadline)
+
+            def reopen() -> tuple[Any, Any]:
+                again = stack.enter_context(open_video(data, limits, deadline))
+                for other in again.streams:
+                    if other.index != stream.index:
+                        other.discard = av.stream.Discard.all
+                prepare_stream(again.streams[stream.index], limits, threads)
+                return again, again.streams[stream.index]
+
+            _settle_start(Walker(container, stream, timeline, timeline.ticks, deadline, reopen), timeline)
+            sample = choose(
+                timeline.stamps,
+                timeline.duration,
+                fps=fps,
+                max_frames=max_frames,
+                start=start,
+                end=end,
+                thinning=thinning,
+                temporal_merge=temporal_merge,
+                min_frames=min_frames,
+            )
+            ticks = timeline.ticks[sample.indices]
+            walker = Walker(container, stream, timeline, ticks, deadline, reopen)
+            painter = Painter(len(ticks), resize, stream.sample_aspect_ratio, limits)
+            row, first, missing = _first(walker, ticks)
+            shape = (len(ticks), *painter.start(first), 3)
+            frames = np.frombuffer(allocate(math.prod(shape)), np.uint8).reshape(shape)
+            refused = ""
+            if backend == "decord":
+                refused = with_decord.why_not(container, stream, timeline, first) or with_decord.read(
+                    data, timeline, sample.indices, painter, frames, threads
+                )
+            if backend != "decord" or refused:
+                missing += _paint(walker, painter, ticks, frames, row)
     except av.FFmpegError as error:
         raise VideoError(f"the video cannot be decoded: {error.strerror}") from error
-    return DecodedVideo(frames, valid, len(index.order), index.fps, index.duration)
+    warnings = list(timeline.warnings)
+    if refused:
+        warnings.append(f"read with PyAV instead of decord: {refused}")
+    if walker.damaged or missing:
+        warnings.append(
+            f"the file is damaged: {walker.damaged} packet(s) could not be decoded, and {missing} frame(s) show the "
+            "picture beside the one that is lost"
+        )
+    if painter.fitted:
+        warnings.append(f"the picture's size changes: {painter.fitted} frame(s) were fitted to the first one's size")
+    if painter.interlaced:
+        warnings.append("the video is interlaced: both fields of a frame are shown woven")
+    if end is not None and end > timeline.duration:
+        warnings.append(f"end = {end:g} s is beyond the video, which lasts {timeline.duration:.3f} s")
+    height, width = painter.display
+    return DecodedVideo(
+        frames=frames,
+        times=sample.times,
+        step=sample.step,
+        window=sample.window,
+        duration=timeline.duration,
+        total_frames=len(timeline.ticks),
+        source_fps=len(timeline.ticks) / timeline.duration,
+        source_size=(width, height),
+        warnings=tuple(warnings),
+    )
 
 
-def probe_video(data: bytes, limits: DecodeLimits) -> None:
-    """Apply every check that precedes decoding, for loaders that decode elsewhere.
+def _settle_start(walker: Walker, timeline: Timeline) -> None:
+    """Pictures shown before the first key frame may need one that is not there; only decoding tells."""
+    tick = int(timeline.pts[timeline.keys[0]])
+    if timeline.ticks[0] >= tick:
+        return
+    walker.at(tick)
+    if walker.first is not None and walker.first > timeline.ticks[0]:
+        lost = int((timeline.ticks < walker.first).sum())
+        timeline.ticks = timeline.ticks[lost:]
+        timeline.warnings.append(f"{lost} picture(s) before the first key frame cannot be decoded and were left out")
+
+
+def _first(walker: Walker, ticks: np.ndarray) -> tuple[int, Any, int]:
+    """The first of the wanted pictures that can be decoded.
+
+    Returns:
+        ``(row, frame, missing)``: missing of the rows before it show it too.
 
     Raises:
-        VideoError: as :func:`decode_video`.
+        VideoError: there is none.
     """
-    check_size(data, limits)
-    try:
-        _index(data, limits, Deadline(limits.deadline))
-    except av.FFmpegError as error:
-        raise VideoError(f"the video cannot be decoded: {error.strerror}") from error
-
-
-def _index(data: bytes, limits: DecodeLimits, deadline: Deadline) -> FrameIndex:
-    with open_video(TimedBytes(data, deadline), limits) as container:
-        return FrameIndex(container, video_stream(container, limits), limits, deadline)
-
-
-def _decode(container: Any, stream: Any, deadline: Deadline) -> Iterator[Any]:
-    """Frames from the current place on; damaged packets are passed over."""
-    packets = container.demux(stream)
-    while True:
-        deadline.check()
-        try:
-            packet = next(packets)
-        except (StopIteration, av.FFmpegError):
-            return
-        try:
-            yield from packet.decode()
-        except av.error.EOFError:
-            return
-        except av.FFmpegError:
+    for row, tick in enumerate(ticks.tolist()):
+        if row and tick == ticks[row - 1]:
             continue
+        frame, exact = walker.at(tick)
+        if frame is not None:
+            return row, frame, row + (not exact)
+    raise VideoError("no frame of the video could be decoded")
 
 
-class _Collector:
-    """Room for the sampled frames, made when the first one shows its size."""
+def _paint(walker: Walker, painter: Painter, ticks: np.ndarray, frames: np.ndarray, first: int) -> int:
+    """Fill ``frames``; rows before ``first`` show its picture.
 
-    def __init__(self, wanted: int, limits: DecodeLimits) -> None:
-        self._wanted = wanted
-        self._limits = limits
-        self.frames: np.ndarray | None = None
-        self.indices: list[int] = []
-
-    def add(self, index: int, frame: Any) -> None:
-        picture = _upright_rgb(frame, self._limits)
-        if self.frames is None:
-            if picture.nbytes * self._wanted > self._limits.max_output_bytes:
-                raise VideoError(
-                    f"{self._wanted} frames of {picture.shape[1]}x{picture.shape[0]} pixels are more than "
-                    f"max_output_bytes = {self._limits.max_output_bytes}; ask for fewer frames"
-                )
-            self.frames = np.empty((self._wanted, *picture.shape), dtype=np.uint8)
-        if picture.shape == self.frames.shape[1:]:
-            self.frames[len(self.indices)] = picture
-            self.indices.append(index)
-
-    def clear(self) -> None:
-        self.indices.clear()
-
-
-def _read_frames(
-    data: bytes, index: FrameIndex, wanted: list[int], limits: DecodeLimits, deadline: Deadline
-) -> tuple[np.ndarray, list[int]]:
-    out = _Collector(len(wanted), limits)
-    if not (index.seekable and _read_by_seeking(data, index, wanted, out, limits, deadline)):
-        out.clear()
-        _read_in_order(data, index, wanted, out, limits, deadline)
-    if out.frames is None or not out.indices:
-        raise VideoError("no frame of the video could be decoded")
-    return out.frames[: len(out.indices)], out.indices
-
-
-def _read_in_order(
-    data: bytes, index: FrameIndex, wanted: list[int], out: _Collector, limits: DecodeLimits, deadline: Deadline
-) -> None:
-    """Decode from the start; frames are known by their time stamp, or counted where stamps cannot be trusted."""
-    targets = {index.order[i]: i for i in wanted}
-    with open_video(TimedBytes(data, deadline), limits) as container:
-        stream = video_stream(container, limits)
-        for count, frame in enumerate(_decode(container, stream, deadline)):
-            position = targets.get(frame.pts if index.seekable else count)
-            if position is not None:
-                out.add(position, frame)
-                if len(out.indices) == len(wanted):
-                    return
-
-
-def _read_by_seeking(
-    data: bytes, index: FrameIndex, wanted: list[int], out: _Collector, limits: DecodeLimits, deadline: Deadline
-) -> bool:
-    """Walk the targets in order and jump where a key frame lies ahead; False where a jump landed too late.
-
-    Containers differ in what they seek by (decode time, byte position), so every landing is checked.
+    Returns:
+        How many rows after it show the picture before theirs, which is damaged.
     """
-    keyframes = np.asarray(index.keyframes, dtype=np.int64)
-    with open_video(TimedBytes(data, deadline), limits) as container:
-        stream = video_stream(container, limits)
-        frames = _decode(container, stream, deadline)
-        here: int | None = None
-        for position in wanted:
-            target = index.order[position]
-            at = int(np.searchsorted(keyframes, target, side="right")) - 1
-            if at > 0 and (here is None or keyframes[at] > here):
-                try:
-                    container.seek(int(keyframes[at]), stream=stream, backward=True)
-                except av.FFmpegError:
-                    return False
-                frames = _decode(container, stream, deadline)
-            frame = next((f for f in frames if f.pts is not None and f.pts >= target), None)
-            if frame is None or frame.pts != target:
-                return False
-            here = target
-            out.add(position, frame)
-    return True
-
-
-def _upright_rgb(frame: Any, limits: DecodeLimits) -> np.ndarray:
-    if frame.width * frame.height > limits.max_pixels:
-        raise VideoError(
-            f"a frame of the video is {frame.width}x{frame.height}, more than max_pixels = {limits.max_pixels}"
-        )
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    missing = 0
+    for row in range(first, len(ticks)):
+        repeated = row > first and ticks[row] == ticks[row - 1]
+        frame, exact = (None, True) if repeated else walker.at(int(ticks[row]))
+        missing += not exact and row > first
+        if frame is None:
+            frames[row] = frames[row - 1]
+        else:
+            painter.paint(frame, frames[row])
+    frames[:first] = frames[first]
+    return missing

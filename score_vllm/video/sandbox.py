@@ -25,7 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from score_vllm.video.decode import DecodedVideo, DecodeLimits, VideoError, decode_video
+from score_vllm.video.container import DecodeLimits, VideoError, VideoWindowError
+from score_vllm.video.decode import decode_video
+from score_vllm.video.picture import Resize
+from score_vllm.video.result import DecodedVideo
 
 _CHUNK = 64 << 20
 
@@ -85,26 +88,34 @@ def stop() -> None:
             _server = None
 
 
-def decode_video_isolated(data: bytes, *, fps: float, max_frames: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_video_isolated(
+    data: bytes, *, resize: Resize | None = None, limits: DecodeLimits | None = None, **options: Any
+) -> DecodedVideo:
     """:func:`~score_vllm.video.decode.decode_video` in a child process with hard limits.
 
     Args:
         data: the file's bytes.
-        fps: frames per second to read.
-        max_frames: most frames to read.
+        resize: deliver the size that the model's processor will choose.
         limits: what the file may cost; ``max_memory`` and ``deadline`` are enforced by the kernel.
+        options: the sampling arguments of ``decode_video``.
 
     Returns:
-        The frames and where they stood.
+        The frames and their times.
 
     Raises:
-        VideoError: as :func:`decode_video`, or the child met its memory limit or its deadline, or
-            crashed.
+        VideoError: as :func:`decode_video`, or the child met its memory limit or its deadline, or crashed.
+        VideoWindowError: as :func:`decode_video`.
     """
+    limits = limits or DecodeLimits()
     if not data or len(data) > limits.max_bytes:
-        return decode_video(data, fps=fps, max_frames=max_frames, limits=limits)  # refuses it
+        return decode_video(data, limits=limits, **options)  # refuses it
     values = {name: getattr(limits, name) for name in limits.__dataclass_fields__}
-    order = {"fps": fps, "max_frames": max_frames, "limits": values, "bytes": len(data)}
+    order = {
+        "options": options,
+        "resize": resize.to_json() if resize else None,
+        "limits": values,
+        "bytes": len(data),
+    }
     with start().connect() as connection:
         try:
             connection.send_bytes(json.dumps(order).encode())
@@ -129,11 +140,13 @@ def _receive_all(connection: Connection, view: memoryview) -> None:
 
 def _receive(connection: Connection) -> DecodedVideo:
     header = json.loads(connection.recv_bytes())
+    if "field" in header:
+        raise VideoWindowError(header["field"], header["error"])
     if "error" in header:
         raise VideoError(header["error"])
-    frames = np.empty(header["shape"], dtype=np.uint8)
+    frames = np.empty(header.pop("shape"), dtype=np.uint8)
     _receive_all(connection, frames.data.cast("B"))
-    return DecodedVideo(frames, header["indices"], header["total_frames"], header["fps"], header["duration"])
+    return DecodedVideo.from_json(frames, header)
 
 
 def _serve_one(connection: Connection) -> None:
@@ -150,7 +163,11 @@ def _serve_one(connection: Connection) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + limits.max_memory, hard))
     try:
-        video = decode_video(bytes(data), fps=order["fps"], max_frames=order["max_frames"], limits=limits)
+        resize = Resize(**order["resize"]) if order["resize"] else None
+        video = decode_video(bytes(data), resize=resize, limits=limits, **order["options"])
+    except VideoWindowError as error:
+        connection.send_bytes(json.dumps({"error": str(error), "field": error.field}).encode())
+        return
     except VideoError as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
@@ -160,13 +177,7 @@ def _serve_one(connection: Connection) -> None:
         return
     # Time from here on is the reader's.
     signal.setitimer(signal.ITIMER_REAL, 0)
-    header = {
-        "shape": video.frames.shape,
-        "indices": video.indices,
-        "total_frames": video.total_frames,
-        "fps": video.fps,
-        "duration": video.duration,
-    }
+    header = {"shape": video.frames.shape, **video.to_json()}
     connection.send_bytes(json.dumps(header).encode())
     _send_all(connection, video.frames.data.cast("B"))
 

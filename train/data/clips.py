@@ -17,7 +17,7 @@ from score_vllm.train.data.config import DEFAULT_MAX_PIXELS
 from score_vllm.train.data.sample import BrokenSampleError
 from score_vllm.video import DecodeLimits
 from score_vllm.video.container import VideoError
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, sample_frame_indices
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, choose
 from score_vllm.video.sandbox import decode_video_isolated
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
@@ -40,7 +40,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads clips by the same rule as serving (:func:`~score_vllm.video.sampling.sample_frame_indices`).
+    """Reads clips by the same rule as serving (:func:`~score_vllm.video.sampling.choose`).
 
     Attributes:
         fps: frames per second to read.
@@ -89,19 +89,20 @@ class ClipReader:
                 f"the video has {path.stat().st_size} bytes, more than max_bytes = {self.limits.max_bytes}"
             )
         video = decode_video_isolated(path.read_bytes(), fps=self.fps, max_frames=self.max_frames, limits=self.limits)
-        return Clip(video.frames, len(video.indices) / video.total_frames * video.fps)
+        return Clip(video.frames, 1 / video.step)
 
     def _folder(self, path: Path, start: float | None, end: float | None) -> Clip:
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES), key=_by_number)
         if not files:
             raise VideoError(f"the folder has no frames ({', '.join(PICTURE_SUFFIXES)})")
-        wanted = sample_frame_indices(len(files), FOLDER_FPS, self.fps, self.max_frames)
-        first = _read_frame(files[wanted[0]], self.limits)
+        stamps = np.arange(len(files)) / FOLDER_FPS
+        sample = choose(stamps, len(files) / FOLDER_FPS, fps=self.fps, max_frames=self.max_frames)
+        first = _read_frame(files[sample.indices[0]], self.limits)
         size = fit_within(first.shape[0], first.shape[1], self.max_pixels)
-        frames = np.empty((len(wanted), *size, 3), np.uint8)
-        for i, at in enumerate(wanted):
+        frames = np.empty((len(sample.indices), *size, 3), np.uint8)
+        for i, at in enumerate(sample.indices):
             frames[i] = letterbox(first if i == 0 else _read_frame(files[at], self.limits), size)
-        return Clip(frames, len(wanted) / len(files) * FOLDER_FPS)
+        return Clip(frames, 1 / sample.step)
 
 
 def decode_picture(data: bytes, max_pixels: int) -> np.ndarray:
