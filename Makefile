@@ -4,6 +4,8 @@ RETENTION ?= 0.1
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= demo
+# Test processes side by side; more than two need some 6 GB of memory each.
+WORKERS ?= 2
 
 .PHONY: setup serve picture check test test-long lint docs docs-serve wheel
 
@@ -17,7 +19,7 @@ test: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 # Under two minutes: what an author runs after every change.
 check: lint

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import av
 import numpy as np
@@ -17,7 +20,42 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side: one thread each, and no engine binds itself to the core of another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 ROOT = Path(__file__).resolve().parent.parent
+TIERS = ("e2e", "integration", "gpu", "kernels", "unit")
+
+
+@functools.cache
+def shared_fixture(path: str) -> str:
+    """The slow fixture that a test file shares with others, or the file itself: what one worker has to run alone."""
+    text = (ROOT / path).read_text()
+    return next((name for name in ("server", "engine") if re.search(rf"\b{name}: (Server|Engine)\b", text)), path)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that share a server or an engine run in one worker; the others stay together by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_fixture(nodeid.split("::")[0])
+
+    return ByFixture(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, so that no worker is left with it at the end."""
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        path = item.path.relative_to(ROOT)
+        tier = path.parts[1]
+        return shared_fixture(str(path)) == str(path), TIERS.index(tier) if tier in TIERS else len(TIERS)
+
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session")

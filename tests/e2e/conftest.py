@@ -40,6 +40,7 @@ def environment(cache: Path, **extra: str) -> dict[str, str]:
         "SCORE_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         "VLLM_NO_USAGE_STATS": "1",
         **extra,
     }

@@ -11,6 +11,7 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Engine:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
+def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Engine]:
     """A compressed engine in fp32 with tiny prefill chunks and prefix caching."""
     pytest.importorskip("vllm")
     from vllm import LLM
@@ -92,7 +93,8 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Engine:
     model.compressor.compress = spy_compress
     model._process_image_input = spy_image
     model.language_model.model.forward = spy_forward
-    return made
+    yield made
+    llm.llm_engine.engine_core.shutdown()  # at exit, vLLM's own finalizer comes too late and prints a traceback
 
 
 def make_video(

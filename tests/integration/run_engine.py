@@ -1,8 +1,9 @@
 """Run a few prompts through an engine in a process of its own and print the tokens as JSON.
 
-Usage: run_engine.py MODEL_DIR POLICY_DIR|- TENSOR_PARALLEL_SIZE DTYPE
+Usage: run_engine.py MODEL_DIR POLICY_DIR|- TENSOR_PARALLEL_SIZE DTYPES
 
-With ``-`` for the policy the engine is plain vLLM: no plug-in is loaded at all.
+DTYPES have commas between; one engine runs after the other. With ``-`` for the policy the engine is plain vLLM: no
+plug-in is loaded at all.
 """
 
 import json
@@ -11,17 +12,25 @@ import sys
 
 
 def main() -> None:
-    model, policy, parallel, dtype = sys.argv[1:5]
-    compressed = policy != "-"
+    model, policy, parallel, dtypes = sys.argv[1:5]
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_PLUGINS="score" if compressed else "",
+        VLLM_PLUGINS="" if policy == "-" else "score",
         VLLM_LOGGING_LEVEL="WARNING",
         HF_HUB_OFFLINE="1",
+        # One rank runs in this process, which saves the start of another.
+        VLLM_ENABLE_V1_MULTIPROCESSING="0" if parallel == "1" else "1",
     )
+    result = {dtype: run(model, policy, int(parallel), dtype) for dtype in dtypes.split(",")}
+    print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
+
+
+def run(model: str, policy: str, parallel: int, dtype: str) -> dict[str, list[list[int]]]:
+    """Tokens of each prompt by retention ratio."""
     import numpy as np
     from vllm import LLM, SamplingParams
 
+    compressed = policy != "-"
     options = {}
     if compressed:
         from score_vllm.config import ServingConfig
@@ -32,7 +41,7 @@ def main() -> None:
         dtype=dtype,
         enforce_eager=True,
         max_model_len=4096,
-        tensor_parallel_size=int(parallel),
+        tensor_parallel_size=parallel,
         block_size=32,
         max_num_batched_tokens=256,
         seed=0,
@@ -71,7 +80,8 @@ def main() -> None:
         for ratio in (0.4, 0.1):
             asked = [{**p, "mm_processor_kwargs": {"retention_ratio": ratio}} for p in prompts]
             result[str(ratio)] = [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
-    print("RESULT " + json.dumps(result), flush=True)  # noqa: T201
+    llm.llm_engine.engine_core.shutdown()
+    return result
 
 
 if __name__ == "__main__":
