@@ -1,0 +1,93 @@
+"""What the pages say can be followed: links lead somewhere, the site builds, each block of code is run by a test.
+
+Every fenced block of bash or Python stands below one comment:
+
+* ``<!-- run -->``: it is run here, from the root of the repository;
+* ``<!-- tested: tests/e2e/test_serve.py::test_readme_example -->``: that test runs it, or the same thing;
+* ``<!-- not run: needs a GPU -->``: nothing runs it, and why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pages import BLOCK, FENCED, PAGES, ROOT
+
+LINK = re.compile(r"(?<!\\)\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)|(?:src|srcset)=\"([^\"]+)\"")
+
+
+def blocks() -> list[tuple[Path, re.Match[str]]]:
+    return [(page, match) for page in PAGES for match in BLOCK.finditer(page.read_text())]
+
+
+def label(value: object) -> str | None:
+    if isinstance(value, re.Match):
+        return f"line-{value.string.count(chr(10), 0, value.start()) + 1}"
+    return value.name if isinstance(value, Path) else None
+
+
+def slug(heading: str) -> str:
+    """As GitHub and mkdocs make anchors, for the plain headings that we write."""
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCED.sub("", page.read_text())
+    for target, anchor, source in LINK.findall(text):
+        path = (page.parent / (target or source)) if target or source else page
+        assert path.exists(), f"{page.name} links to {target or source}, which does not exist"
+        if anchor:
+            slugs = [slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(), re.M)]
+            assert anchor in slugs, f"{page.name} links to {target}#{anchor}; headings there: {slugs}"
+
+
+@pytest.mark.parametrize(("page", "block"), blocks(), ids=label)
+def test_every_block_says_who_runs_it(page: Path, block: re.Match[str]) -> None:
+    mark = block["mark"] or ""
+    if mark.startswith("tested: "):
+        for where in mark.removeprefix("tested: ").split(", "):
+            file, _, name = where.partition("::")
+            assert re.search(rf"def {name}\(", (ROOT / file).read_text()), f"{where} does not exist"
+    else:
+        assert mark == "run" or re.fullmatch(r"not run: needs [a-z0-9 ,A-Z]+", mark), f"{mark!r} is no mark"
+
+
+@pytest.mark.parametrize(("page", "block"), [b for b in blocks() if b[1]["mark"] == "run"], ids=label)
+def test_run(page: Path, block: re.Match[str], tmp_path: Path) -> None:
+    code = block["code"].replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    command = [sys.executable, "-c", code] if block["language"] == "python" else ["bash", "-euc", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "SCORE_CACHE": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_make_serve_starts_the_demo() -> None:
+    done = subprocess.run(["make", "-n", "serve", "PORT=8230"], capture_output=True, text=True, cwd=ROOT, check=True)
+    line = shlex.split(done.stdout.strip().splitlines()[-1])
+    shown = ["--model", "demo", "--retention", "0.1", "--host", "127.0.0.1", "--port", "8230"]
+    assert line == [".venv/bin/score-serve", *shown]
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    """As ``make docs``: a broken link, anchor, API name or a page outside the menu is an error."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "num_retained_tokens" in (tmp_path / "site" / "api.html").read_text()
+    pages = list((tmp_path / "site").glob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=\"?https?://", page.read_text()), "needs a network"
