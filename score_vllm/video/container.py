@@ -56,11 +56,18 @@ CODECS = (
     "apng",
 )
 # Decoders of those codecs under other names.
-_DECODERS = (*CODECS, "libdav1d", "libvpx", "libvpx-vp9", "msmpeg4", "flv")
+DECODERS = (*CODECS, "libdav1d", "libvpx", "libvpx-vp9", "msmpeg4", "flv")
 
 
 class VideoError(ValueError):
     """The file cannot be decoded, or exceeds a limit; the message says which in one sentence."""
+
+
+class VideoDeadlineError(VideoError):
+    """Decoding took longer than it may."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"decoding the video took longer than deadline = {seconds:g} s")
 
 
 class VideoWindowError(VideoError):
@@ -69,6 +76,18 @@ class VideoWindowError(VideoError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class DecoderBusyError(RuntimeError):
+    """Too much is being decoded; ``retry_after`` seconds from now there may be room."""
+
+    def __init__(self, message: str, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DecoderUnavailableError(RuntimeError):
+    """Decoding failed for a reason that is not the file's: no file descriptors, memory or processes left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +128,34 @@ class Deadline:
 
     def check(self) -> None:
         if time.monotonic() > self._end:
-            raise VideoError(f"decoding the video took longer than deadline = {self.seconds:g} s")
+            raise VideoDeadlineError(self.seconds)
 
 
-class _TimedBytes(io.BytesIO):
-    """FFmpeg reads through this object, so a demuxer that never comes to an end still meets the deadline."""
+class _TimedSource:
+    """A file in memory, read without a copy of the whole; a demuxer that never comes to an end meets the deadline."""
 
-    def __init__(self, data: bytes, deadline: Deadline) -> None:
-        super().__init__(data)
+    def __init__(self, data: bytes | memoryview, deadline: Deadline) -> None:
+        self._view = memoryview(data)
+        self._at = 0
         self._deadline = deadline
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         self._deadline.check()
-        return super().read(size)
+        end = len(self._view) if size < 0 else self._at + size
+        part = bytes(self._view[self._at : end])
+        self._at += len(part)
+        return part
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
 
-def check_size(data: bytes, limits: DecodeLimits) -> None:
+def check_size(data: bytes | memoryview, limits: DecodeLimits) -> None:
     """Refuse empty and oversized files before anything parses them.
 
     Raises:
@@ -136,7 +167,7 @@ def check_size(data: bytes, limits: DecodeLimits) -> None:
         raise VideoError(f"the video has {len(data)} bytes, more than max_bytes = {limits.max_bytes}")
 
 
-def open_video(data: bytes, limits: DecodeLimits, deadline: Deadline) -> Any:
+def open_video(data: bytes | memoryview, limits: DecodeLimits, deadline: Deadline) -> Any:
     """The container, its streams probed.
 
     Raises:
@@ -144,7 +175,7 @@ def open_video(data: bytes, limits: DecodeLimits, deadline: Deadline) -> Any:
     """
     options = {
         "format_whitelist": ",".join(CONTAINERS),
-        "codec_whitelist": ",".join(_DECODERS),
+        "codec_whitelist": ",".join(DECODERS),
         "protocol_whitelist": "",
         # Probing decodes a frame or two already.
         "max_pixels": str(limits.max_pixels),
@@ -153,7 +184,7 @@ def open_video(data: bytes, limits: DecodeLimits, deadline: Deadline) -> Any:
     }
     try:
         return av.open(
-            _TimedBytes(data, deadline), mode="r", options=options, metadata_errors="replace", buffer_size=1 << 18
+            _TimedSource(data, deadline), mode="r", options=options, metadata_errors="replace", buffer_size=1 << 18
         )
     except av.FFmpegError as error:
         raise VideoError(

@@ -20,6 +20,7 @@ from score_vllm.video.container import (
     prepare_stream,
     video_streams,
 )
+from score_vllm.video.damage import listen
 from score_vllm.video.picture import Painter, Resize
 from score_vllm.video.result import DecodedVideo
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, MIN_FRAMES, TEMPORAL_MERGE, choose
@@ -31,7 +32,7 @@ Allocate = Callable[[int], Any]
 
 
 def decode_video(
-    data: bytes,
+    data: bytes | memoryview,
     *,
     fps: float | None = DEFAULT_FPS,
     max_frames: int = DEFAULT_MAX_FRAMES,
@@ -43,7 +44,7 @@ def decode_video(
     resize: Resize | None = None,
     limits: DecodeLimits | None = None,
     backend: str = "pyav",
-    threads: int = 2,
+    threads: int = 1,
     allocate: Allocate = bytearray,
 ) -> DecodedVideo:
     """Decode the pictures that :func:`~score_vllm.video.sampling.choose` asks for.
@@ -58,7 +59,8 @@ def decode_video(
         resize: deliver the size that the model's processor will choose; None: the source's own.
         limits: what the file may cost.
         backend: ``pyav``, or ``decord`` for what decord reads rightly (a warning says where it does not).
-        threads: of the decoder.
+        threads: of the decoder; more than one only in a process that does nothing else, for its standard error is
+            read back meanwhile.
         allocate: gives a writable buffer of so many bytes for the frames.
 
     Returns:
@@ -102,6 +104,7 @@ def decode_video(
             ticks = timeline.ticks[sample.indices]
             walker = Walker(container, stream, timeline, ticks, deadline, reopen)
             painter = Painter(len(ticks), resize, stream.sample_aspect_ratio, limits)
+            complaints = stack.enter_context(listen(threads))
             row, first, missing = _first(walker, ticks)
             shape = (len(ticks), *painter.start(first), 3)
             frames = np.frombuffer(allocate(math.prod(shape)), np.uint8).reshape(shape)
@@ -112,15 +115,17 @@ def decode_video(
                 )
             if backend != "decord" or refused:
                 missing += _paint(walker, painter, ticks, frames, row)
+    except MemoryError as error:
+        raise VideoError("decoding the video needs more memory than there is") from error
     except av.FFmpegError as error:
         raise VideoError(f"the video cannot be decoded: {error.strerror}") from error
     warnings = list(timeline.warnings)
     if refused:
         warnings.append(f"read with PyAV instead of decord: {refused}")
-    if walker.damaged or missing:
+    if walker.damaged or missing or complaints.count:
         warnings.append(
-            f"the file is damaged: {walker.damaged} packet(s) could not be decoded, and {missing} frame(s) show the "
-            "picture beside the one that is lost"
+            f"the file is damaged: {walker.damaged} packet(s) could not be decoded, {missing} frame(s) show the "
+            f"picture beside the one that is lost, and the decoder complained {complaints.count} time(s)"
         )
     if painter.fitted:
         warnings.append(f"the picture's size changes: {painter.fitted} frame(s) were fitted to the first one's size")

@@ -1,86 +1,123 @@
-"""Decoding in a process of its own: memory and time that a file cannot exceed, whatever FFmpeg does with it.
+"""Decoding in processes of their own: memory and time that a file cannot exceed, whatever FFmpeg does with it.
 
 A limit inside the process helps only between two calls of the decoder. A file may make a single call allocate
-gigabytes or never return; here the kernel refuses the memory, and its alarm ends the process.
-
-One small server process (``python -m score_vllm.video.sandbox``) has everything imported and forks a child per
-video, some 20 ms each. It ends when its parent does: it waits for the end of its standard input.
+gigabytes or never return; here the kernel refuses the memory, and its alarm ends the process. One server process has
+everything imported and forks a child per video (:mod:`score_vllm.video.decode_server`), as many at once as there are
+cores. It is reached through an inherited pair of sockets, videos and frames pass through shared memory, and all of it
+ends with this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import fcntl
+import importlib.util
+import math
+import mmap
 import os
-import resource
-import shutil
-import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from multiprocessing.connection import Client, Connection, Listener
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from score_vllm.video.container import DecodeLimits, VideoError, VideoWindowError
-from score_vllm.video.decode import decode_video
+from score_vllm.video.container import (
+    DecodeLimits,
+    DecoderUnavailableError,
+    VideoDeadlineError,
+    VideoError,
+    VideoWindowError,
+    check_size,
+)
+from score_vllm.video.decode_server import receive, send
+from score_vllm.video.gate import Gate
 from score_vllm.video.picture import Resize
 from score_vllm.video.result import DecodedVideo
 
-_CHUNK = 64 << 20
+# The package itself imports torch, which decoding does not need: without it the server starts in half a second.
+_BOOT = (
+    "import sys, types; package = types.ModuleType('score_vllm'); package.__path__ = [sys.argv[1]]; "
+    "sys.modules['score_vllm'] = package; from score_vllm.video.decode_server import main; main(int(sys.argv[2]))"
+)
+_MOST_THREADS = 4
+# A child that neither answers nor is ended by its alarm (a stopped process) is given up after this many seconds more.
+_GRACE = 2.0
+# Somebody may have ended the child or the server; a file that crashes the decoder does so every time.
+_TRIES = 3
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class _DecodeServer:
     """The parent's handle on the server process."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="score-decode-")
-        self._address = str(Path(self._folder) / "socket")
-        command = [sys.executable, "-m", "score_vllm.video.sandbox", self._address]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._ready = threading.Lock()
-        self._is_ready = False
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            folder = str(Path(__file__).resolve().parents[1])
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, folder, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def connect(self) -> Connection:
-        with self._ready:
-            if not self._is_ready:
-                assert self._process.stdout is not None
-                if self._process.stdout.readline().strip() != b"ready":
-                    raise RuntimeError("the video decoding process did not start; see its output above")
-                self._is_ready = True
-        return Client(self._address, family="AF_UNIX")
+    def submit(self, *fds: int) -> None:
+        socket.send_fds(self._control, [b"j"], list(fds))
 
     def stop(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._control.close()
         self._process.kill()
         self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 _server: _DecodeServer | None = None
 _server_lock = threading.Lock()
+_gate = Gate(len(os.sched_getaffinity(0)), 64, None)
+
+
+def configure(*, workers: int | None = None, max_queued: int = 64, max_bytes_in_flight: int | None = None) -> None:
+    """Set how much is decoded at once by this process; before the first video.
+
+    Args:
+        workers: children at once; None: as many as there are cores.
+        max_queued: videos that may wait for one; another gets a :class:`DecoderBusyError`.
+        max_bytes_in_flight: bytes of encoded videos in work plus those of frames that somebody still holds; None: no
+            bound.
+    """
+    global _gate
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, value in (
+        ("workers", workers),
+        ("max_queued", max_queued),
+        ("max_bytes_in_flight", 1 if max_bytes_in_flight is None else max_bytes_in_flight),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    _gate = Gate(workers, max_queued, max_bytes_in_flight)
 
 
 def start() -> _DecodeServer:
     """Start the server process, once; does not wait for it. A server calls this before the first video comes."""
     global _server
     with _server_lock:
-        if _server is None or not _server.is_alive():
+        if _server is not None and not _server.is_alive():
+            _server.stop()
+            _server = None
+        if _server is None:
             _server = _DecodeServer()
         return _server
 
 
 def stop() -> None:
-    """End the server process, if there is one."""
+    """End the server process and its children, if there are any."""
     global _server
     with _server_lock:
         if _server is not None:
@@ -88,122 +125,173 @@ def stop() -> None:
             _server = None
 
 
+def _forget() -> None:
+    """A forked copy of this process starts a server of its own."""
+    global _server, _server_lock, _gate
+    _server, _server_lock = None, threading.Lock()
+    _gate = Gate(_gate.workers, _gate.max_queued, _gate.max_bytes)
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def decode_video_isolated(
-    data: bytes, *, resize: Resize | None = None, limits: DecodeLimits | None = None, **options: Any
+    data: bytes,
+    *,
+    resize: Resize | None = None,
+    limits: DecodeLimits | None = None,
+    backend: str = "pyav",
+    **options: Any,
 ) -> DecodedVideo:
     """:func:`~score_vllm.video.decode.decode_video` in a child process with hard limits.
 
     Args:
         data: the file's bytes.
         resize: deliver the size that the model's processor will choose.
-        limits: what the file may cost; ``max_memory`` and ``deadline`` are enforced by the kernel.
+        limits: what the file may cost; ``max_memory`` and ``deadline`` are enforced by the kernel, and the deadline
+            covers waiting for a free child.
+        backend: ``pyav`` or ``decord``.
         options: the sampling arguments of ``decode_video``.
 
     Returns:
-        The frames and their times.
+        The frames and their times; the frames lie in memory that the child wrote.
 
     Raises:
         VideoError: as :func:`decode_video`, or the child met its memory limit or its deadline, or crashed.
         VideoWindowError: as :func:`decode_video`.
+        DecoderBusyError: the queue is full, or no child was free in time.
+        DecoderUnavailableError: this machine cannot decode now (descriptors, memory, processes).
+        ValueError: decord is asked for and not installed.
     """
     limits = limits or DecodeLimits()
-    if not data or len(data) > limits.max_bytes:
-        return decode_video(data, limits=limits, **options)  # refuses it
-    values = {name: getattr(limits, name) for name in limits.__dataclass_fields__}
-    order = {
-        "options": options,
-        "resize": resize.to_json() if resize else None,
-        "limits": values,
-        "bytes": len(data),
-    }
-    with start().connect() as connection:
-        try:
-            connection.send_bytes(json.dumps(order).encode())
-            _send_all(connection, memoryview(data))
-            return _receive(connection)
-        except (EOFError, ConnectionError) as error:
-            raise VideoError(
-                f"the decoder was ended on this video: it is damaged, takes longer than deadline = {limits.deadline:g} "
-                f"s, or needs more than max_memory = {limits.max_memory} bytes"
-            ) from error
-
-
-def _send_all(connection: Connection, view: memoryview) -> None:
-    for begin in range(0, len(view), _CHUNK):
-        connection.send_bytes(view[begin : begin + _CHUNK])
-
-
-def _receive_all(connection: Connection, view: memoryview) -> None:
-    for begin in range(0, len(view), _CHUNK):
-        connection.recv_bytes_into(view[begin : begin + _CHUNK])
-
-
-def _receive(connection: Connection) -> DecodedVideo:
-    header = json.loads(connection.recv_bytes())
-    if "field" in header:
-        raise VideoWindowError(header["field"], header["error"])
-    if "error" in header:
-        raise VideoError(header["error"])
-    frames = np.empty(header.pop("shape"), dtype=np.uint8)
-    _receive_all(connection, frames.data.cast("B"))
-    return DecodedVideo.from_json(frames, header)
-
-
-def _serve_one(connection: Connection) -> None:
-    """The child's whole life: limits, one video, the end."""
-    order: dict[str, Any] = json.loads(connection.recv_bytes())
-    limits = DecodeLimits(**order["limits"])
-    # The default action of this signal ends the process even inside a call of the decoder.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, limits.deadline)
-    data = bytearray(order["bytes"])
-    _receive_all(connection, memoryview(data))
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + limits.max_memory, hard))
+    check_size(data, limits)
+    if backend == "decord" and importlib.util.find_spec("decord") is None:
+        raise ValueError("video_backend 'score_decord' needs: pip install 'score-vllm[decord]'")
+    end = time.monotonic() + limits.deadline
+    gate = _gate
+    active = gate.enter(len(data), limits.deadline)
     try:
-        resize = Resize(**order["resize"]) if order["resize"] else None
-        video = decode_video(bytes(data), resize=resize, limits=limits, **order["options"])
-    except VideoWindowError as error:
-        connection.send_bytes(json.dumps({"error": str(error), "field": error.field}).encode())
-        return
-    except VideoError as error:
-        connection.send_bytes(json.dumps({"error": str(error)}).encode())
-        return
-    except MemoryError:
-        text = f"decoding the video needs more than max_memory = {limits.max_memory} bytes"
-        connection.send_bytes(json.dumps({"error": text}).encode())
-        return
-    # Time from here on is the reader's.
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    header = {"shape": video.frames.shape, **video.to_json()}
-    connection.send_bytes(json.dumps(header).encode())
-    _send_all(connection, video.frames.data.cast("B"))
+        job = _Job(
+            data, resize, limits, backend, options, end, gate, max(1, min(_MOST_THREADS, gate.workers // active))
+        )
+        for _ in range(_TRIES):
+            with contextlib.suppress(EOFError):
+                return job.run()
+            job.check_time()
+        if not start().is_alive():
+            raise DecoderUnavailableError("the video decoding process does not start; see its output")
+        raise VideoError(
+            f"the decoder was ended on this video {_TRIES} times: it is damaged, or needs more than "
+            f"max_memory = {limits.max_memory} bytes"
+        )
+    finally:
+        gate.leave()
+        gate.give_back(len(data))
 
 
-def _end_with_parent(folder: Path) -> None:
-    sys.stdin.buffer.read()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(0)
+class _Job:
+    """One video on its way through a child."""
+
+    def __init__(
+        self,
+        data: bytes,
+        resize: Resize | None,
+        limits: DecodeLimits,
+        backend: str,
+        options: dict[str, Any],
+        end: float,
+        gate: Gate,
+        threads: int,
+    ) -> None:
+        self._data, self._limits, self._end, self._gate = data, limits, end, gate
+        self._order = {
+            "options": {**options, "backend": backend},
+            "resize": resize.to_json() if resize else None,
+            "threads": threads,
+        }
+
+    def check_time(self) -> None:
+        """Raises: VideoDeadlineError: it is over."""
+        if time.monotonic() >= self._end:
+            raise VideoDeadlineError(self._limits.deadline)
+
+    def run(self) -> DecodedVideo:
+        """Hand the job to the server and wait.
+
+        Raises:
+            EOFError: the child or the server ended without a word.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                stack.enter_context(ours)
+                with theirs:
+                    source = _memory(stack, "score-video")
+                    _write(source, self._data)
+                    target = _memory(stack, "score-frames")
+                    try:
+                        start().submit(theirs.fileno(), source, target)
+                    except (BrokenPipeError, ConnectionError) as error:
+                        raise EOFError from error
+            except OSError as error:
+                raise DecoderUnavailableError(f"the video cannot be handed to the decoder: {error}") from error
+            return self._talk(ours, target)
+
+    def _talk(self, connection: socket.socket, target: int) -> DecodedVideo:
+        left = max(0.05, self._end - time.monotonic())
+        connection.settimeout(left + _GRACE)
+        limits = {name: getattr(self._limits, name) for name in self._limits.__dataclass_fields__}
+        held = 0
+        try:
+            send(connection, {**self._order, "limits": {**limits, "deadline": left}})
+            answer = receive(connection)
+            if "need" in answer:
+                self._gate.grow(answer["need"], len(self._data), max(0.0, self._end - time.monotonic()))
+                held = answer["need"]
+                send(connection, {"granted": True})
+                answer = receive(connection)
+            if "video" not in answer:
+                raise self._error(answer)
+            memory = _map(target, math.prod(answer["shape"]), connection)
+            weakref.finalize(memory, self._gate.give_back, held)
+            held = 0
+            frames = np.frombuffer(memory, np.uint8).reshape(answer["shape"])
+            return DecodedVideo.from_json(frames, answer["video"])
+        except TimeoutError as error:
+            raise VideoDeadlineError(self._limits.deadline) from error
+        except (BrokenPipeError, ConnectionError) as error:
+            raise EOFError from error
+        finally:
+            if held:
+                self._gate.give_back(held)
+
+    def _error(self, answer: dict[str, Any]) -> Exception:
+        if "unavailable" in answer:
+            return DecoderUnavailableError(f"the video cannot be decoded on this machine now: {answer['unavailable']}")
+        if "field" in answer:
+            return VideoWindowError(answer["field"], answer["error"])
+        if "late" in answer:  # the child's deadline was what was left of ours
+            return VideoDeadlineError(self._limits.deadline)
+        return VideoError(answer["error"])
 
 
-def main(address: str) -> None:
-    """The server process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; its end is ours
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
-    threading.Thread(target=_end_with_parent, args=(Path(address).parent,), daemon=True).start()
-    with Listener(address, family="AF_UNIX", backlog=64) as listener:
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
-        while True:
-            connection = listener.accept()
-            if os.fork() == 0:
-                with contextlib.suppress(BrokenPipeError, EOFError, ConnectionError):
-                    _serve_one(connection)
-                os._exit(0)
-            connection.close()
+def _memory(stack: contextlib.ExitStack, name: str) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stack.callback(os.close, fd)
+    return fd
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _map(fd: int, size: int, connection: socket.socket) -> mmap.mmap:
+    """The frames, once the child has ended and can no longer touch them."""
+    while connection.recv(1 << 16):
+        pass
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    if os.fstat(fd).st_size != size:
+        raise DecoderUnavailableError("the decoding process delivered frames of another size than it said")
+    return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)

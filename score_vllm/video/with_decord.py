@@ -11,6 +11,9 @@ import numpy as np
 from score_vllm.video.picture import Painter, orientation
 from score_vllm.video.timeline import Timeline
 
+# Containers that state the picture's size once.
+CONTAINERS = ("mov", "avi", "matroska", "flv")
+
 
 def why_not(container: Any, stream: Any, timeline: Timeline, first: Any) -> str:
     """What decord would get wrong about this file; empty: nothing known.
@@ -19,6 +22,9 @@ def why_not(container: Any, stream: Any, timeline: Timeline, first: Any) -> str:
         container, stream, timeline: of the file.
         first: its first picture as PyAV decodes it.
     """
+    container_name, codec = container.format.name, stream.codec_context.codec.canonical_name
+    if not any(name in container_name.split(",") for name in CONTAINERS) or codec in ("vp8", "vp9", "av1"):
+        return f"in {container_name} with {codec} the picture's size may change, which decord hides"
     if timeline.hidden:
         return "an edit list hides some pictures"
     if timeline.rewritten or len(timeline.ticks) != len(timeline.pts):
@@ -33,7 +39,12 @@ def why_not(container: Any, stream: Any, timeline: Timeline, first: Any) -> str:
 
 
 def read(
-    data: bytes, timeline: Timeline, indices: np.ndarray, painter: Painter, frames: np.ndarray, threads: int
+    data: bytes | memoryview,
+    timeline: Timeline,
+    indices: np.ndarray,
+    painter: Painter,
+    frames: np.ndarray,
+    threads: int,
 ) -> str:
     """Fill ``frames`` [F, height, width, 3] with the pictures of those ``indices``.
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import resource
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from score_vllm.video import DecodeLimits, VideoError, decode_video, sandbox
+from score_vllm.video import (
+    DecodeLimits,
+    DecoderBusyError,
+    DecoderUnavailableError,
+    Resize,
+    VideoError,
+    VideoWindowError,
+    decode_video,
+    gate,
+    sandbox,
+)
 from score_vllm.video.sandbox import decode_video_isolated
 
 MEBIBYTE = 1 << 20
@@ -73,9 +89,13 @@ def test_same_frames_as_in_process(clips: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["empty", "not_a_video", "playlist", "audio", "truncated"])
-def test_broken_files_are_refused_in_words(name: str, clips: dict[str, Path]) -> None:
-    with pytest.raises(VideoError, match=r"video|file"):
-        decode(clips[name].read_bytes())
+def test_broken_files_are_refused_in_the_same_words(name: str, clips: dict[str, Path]) -> None:
+    data = clips[name].read_bytes()
+    with pytest.raises(VideoError) as here:
+        decode_video(data)
+    with pytest.raises(VideoError) as there:
+        decode(data)
+    assert str(here.value) == str(there.value)
 
 
 def test_a_small_file_cannot_take_gigabytes(clips: dict[str, Path]) -> None:
@@ -99,38 +119,222 @@ def test_the_deadline_ends_a_call_that_does_not_return(clips: dict[str, Path]) -
     assert len(decode(clips["plain"].read_bytes())) == 12
 
 
-def test_a_crashed_server_process_is_started_again(clips: dict[str, Path]) -> None:
+def processes_below(pid: int) -> set[int]:
+    """Living descendants of a process."""
+    found: set[int] = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            if fields[0] != "Z" and int(fields[1]) == pid:
+                found |= {int(stat.parent.name), *processes_below(int(stat.parent.name))}
+    return found
+
+
+def gone(pids: set[int], seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def wait_for_spares(server: sandbox._DecodeServer) -> set[int]:
+    end = time.monotonic() + 60
+    while len(children := processes_below(server._process.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    return children
+
+
+def test_a_server_process_that_was_killed_is_started_again(clips: dict[str, Path]) -> None:
     data = clips["plain"].read_bytes()
     decode(data)
     server = sandbox.start()
-    server._process.kill()
-    server._process.wait()
-    assert len(decode(data)) == 12
+    children = wait_for_spares(server)
+    os.kill(server._process.pid, signal.SIGKILL)
+    assert len(decode(data)) == 12, "noticed or not, the next video decodes"
     assert sandbox.start() is not server
+    assert gone(children), "its children end with it"
 
 
-def test_the_server_process_ends_with_its_parent(clips: dict[str, Path], tmp_path: Path) -> None:
+def test_a_child_that_was_killed_is_replaced(clips: dict[str, Path]) -> None:
+    data = clips["plain"].read_bytes()
+    decode(data)
+    for _ in range(3):
+        for pid in wait_for_spares(sandbox.start()):
+            os.kill(pid, signal.SIGKILL)
+        assert len(decode(data)) == 12
+
+
+def test_a_child_killed_at_work_costs_a_second_try(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    decode(clips["plain"].read_bytes())
+    server, killed = sandbox.start(), []
+    original = gate.Gate.grow
+
+    def grow(self: gate.Gate, size: int, own: int, timeout: float) -> None:
+        if not killed:
+            killed.extend(processes_below(server._process.pid))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+        original(self, size, own, timeout)
+
+    monkeypatch.setattr(gate.Gate, "grow", grow)
+    assert len(decode(clips["plain"].read_bytes())) == 12
+    assert killed
+    assert sandbox.start() is server
+    assert sandbox._gate.active == 0
+
+
+@pytest.mark.parametrize("way", ["exit", "SIGTERM", "SIGKILL"])
+def test_nothing_is_left_behind(way: str, clips: dict[str, Path]) -> None:
     code = (
-        "import os, sys\n"
+        "import os, sys, time\n"
         "from score_vllm.video import sandbox\n"
-        "server = sandbox.start()\n"
-        "server.connect().close()\n"
-        "print(server._process.pid, server._folder, flush=True)\n"
+        f"sandbox.decode_video_isolated(open({str(clips['plain'])!r}, 'rb').read())\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
         "os._exit(0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    pid, folder = done.stdout.split()
-    end = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
-    assert not Path(folder).exists(), "nothing may be left behind"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    below = processes_below(parent.pid)
+    assert below
+    if way == "exit":
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+    else:
+        os.killpg(parent.pid, getattr(signal, way)) if way == "SIGTERM" else parent.kill()
+    parent.wait(30)
+    assert gone(below)
 
 
-def test_stop_leaves_nothing_behind() -> None:
+def test_stop_leaves_nothing_behind(clips: dict[str, Path]) -> None:
+    decode(clips["plain"].read_bytes())
     server = sandbox.start()
-    server.connect().close()
-    folder = Path(server._folder)
+    pids = {server._process.pid, *wait_for_spares(server)}
     sandbox.stop()
+    assert gone(pids)
     assert not server.is_alive()
-    assert not folder.exists()
+
+
+def test_a_forked_process_has_a_server_of_its_own(clips: dict[str, Path]) -> None:
+    """Data loaders of training fork."""
+    decode(clips["plain"].read_bytes())
+    mine = sandbox.start()
+    pid = os.fork()
+    if pid == 0:
+        fine = len(decode(clips["plain"].read_bytes())) == 12 and sandbox.start() is not mine
+        sandbox.stop()
+        os._exit(0 if fine else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert mine.is_alive()
+
+
+def test_no_descriptors_left_is_not_the_files_fault(clips: dict[str, Path]) -> None:
+    data = clips["plain"].read_bytes()
+    decode(data)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        with pytest.raises(DecoderUnavailableError, match="Too many open files"):
+            decode(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+    assert len(decode(data)) == 12
+
+
+def test_what_the_child_cannot_have_is_not_the_files_fault(
+    clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full /dev/shm, as the child sees it: its memory for frames is refused."""
+    original = os.memfd_create
+
+    def tiny(name: str, flags: int) -> int:
+        fd = original(name, flags)
+        if name == "score-frames":
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        return fd
+
+    monkeypatch.setattr(os, "memfd_create", tiny)
+    with pytest.raises(DecoderUnavailableError, match="Operation not permitted"):
+        decode(clips["plain"].read_bytes())
+
+
+def test_more_videos_than_may_wait_are_refused_at_once(clips: dict[str, Path]) -> None:
+    door = gate.Gate(workers=1, max_queued=1, max_bytes=None)
+    assert door.enter(10, 1) == 1
+    waiting = threading.Thread(target=door.enter, args=(10, 30))
+    waiting.start()
+    while not door.waiting:
+        time.sleep(0.01)
+    with pytest.raises(DecoderBusyError) as caught:
+        door.enter(10, 30)
+    assert caught.value.retry_after >= 1
+    door.leave()
+    waiting.join(30)
+    assert door.active == 1
+    with pytest.raises(DecoderBusyError):
+        door.enter(10, 0.01)
+
+
+def test_bytes_in_flight_are_bounded_until_the_frames_are_let_go(
+    clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = clips["plain"].read_bytes()
+    monkeypatch.setattr(sandbox, "_gate", gate.Gate(2, 4, 1_000_000))
+    first = decode(data)
+    assert sandbox._gate.held == first.nbytes == 12 * 120 * 160 * 3
+    view = first[3:]
+    del first
+    with pytest.raises(DecoderBusyError):
+        decode(data, deadline=0.5)
+    del view
+    assert sandbox._gate.held == 0
+    assert len(decode(data)) == 12
+
+
+def test_frames_can_be_written_to_by_their_owner(clips: dict[str, Path]) -> None:
+    frames = decode(clips["plain"].read_bytes())
+    frames[0] = 7
+    assert (frames[0] == 7).all()
+
+
+def test_many_at_once(clips: dict[str, Path]) -> None:
+    data = clips["plain"].read_bytes()
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda _: decode(data), range(32)))
+    assert all(np.array_equal(results[0], other) for other in results)
+    assert sandbox._gate.active == 0
+
+
+def test_the_window_error_crosses_over(clips: dict[str, Path]) -> None:
+    with pytest.raises(VideoWindowError, match=r"start must be in \[0, 6\.000\)") as caught:
+        decode_video_isolated(clips["plain"].read_bytes(), start=60.0)
+    assert caught.value.field == "start"
+
+
+def test_resize_crosses_over(clips: dict[str, Path]) -> None:
+    rule = Resize(factor=28, min_pixels=28 * 28, max_pixels=100 * 100)
+    video = decode_video_isolated(clips["plain"].read_bytes(), resize=rule)
+    assert video.frames.shape[1:3] == rule.size(12, 120, 160)
+    assert video.source_size == (160, 120)
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"max_queued": 0}, {"max_bytes_in_flight": -1}, {"workers": True}])
+def test_configure_checks(bad: dict) -> None:
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
+        sandbox.configure(**bad)
