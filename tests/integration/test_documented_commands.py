@@ -43,7 +43,7 @@ def program(words: list[str]) -> tuple[str, ...] | None:
         return ("make", words[1])
     if name == "torchrun" or name.startswith("python"):
         rest = words[1:]
-        if "-m" in rest and (module := rest[rest.index("-m") + 1]).startswith("score_vllm"):
+        if "-m" in rest and (module := rest[rest.index("-m") + 1]).split(".")[0] in ("score_vllm", "benchmarks"):
             return ("-m", module)
         script = next((w for w in rest if w.startswith(("benchmarks/", "examples/", "scripts/"))), None)
         if script is None:
