@@ -24,6 +24,7 @@ METRICS = (
     "sparsity",
     "safe_share",
     "entropy",
+    "equal_masks",
     "logit_spread",
     "advantage_spread",
     "tokens",
@@ -38,7 +39,8 @@ class SampleResult:
         gradients: of the loss, one per parameter of the policy, float32.
         metrics: [len(METRICS)] float64: loss; reward (mean of eq. 5 + eq. 6); delta_ce (eq. 5); ce; ce_base; ce_gap
             (ce - ce_base); sparsity (eq. 6); safe_share; entropy (of the decisions in nats per token, or of the
-            first pick as a share of the largest where budgets are equal); logit_spread and advantage_spread
+            first pick as a share of the largest where budgets are equal); equal_masks (1 where all K are the same, so that
+            no gradient is left); logit_spread and advantage_spread
             (standard deviations); tokens that the language model read in the rollouts.
         problem: why the numbers cannot be used, empty if they can.
     """
@@ -112,6 +114,7 @@ def sample_step(
         sparse,
         (delta > 0).float().mean(),
         entropy,
+        (rollouts.masks == rollouts.masks[:1]).all(),
         logits.detach().std(correction=0),
         advantage.std(correction=0),
         tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,6 +11,8 @@ from typing import Any
 COLLAPSE_MARGIN = 1e-3
 # Logits closer together than this order nothing.
 FLAT_LOGITS = 1e-6
+# Below this the rollouts of a group hardly differ: nats per token, or a share of the largest where budgets are equal.
+LOW_ENTROPY = 0.01
 
 
 class TrainingStoppedError(RuntimeError):
@@ -48,7 +51,7 @@ class StopSignal:
 
 
 class CollapseWatch:
-    """Counts steps in a row in which the policy keeps everything, keeps nothing, or ranks nothing.
+    """Counts steps in a row in which the policy keeps everything, keeps nothing, ranks nothing or no longer varies.
 
     Args:
         patience: such steps before :meth:`check` raises; 0 never raises.
@@ -60,27 +63,29 @@ class CollapseWatch:
     def __init__(self, patience: int, streak: int = 0) -> None:
         self.patience, self.streak = patience, streak
 
-    def check(self, kept_share: float, logit_spread: float, exact: bool) -> None:
+    def check(self, values: Mapping[str, float], exact: bool) -> None:
         """Look at one step.
 
         Args:
-            kept_share: mean over rollouts, in [0, 1].
-            logit_spread: standard deviation of the logits of the step's videos, their mean.
-            exact: True where rollouts keep a given number, so that only a flat ranking is a collapse.
+            values: metrics by the names of :data:`~score_vllm.train.step.METRICS`, means over the step's videos.
+            exact: True where rollouts keep a given number, so that the kept share says nothing.
 
         Raises:
             TrainingStoppedError: patience has run out.
         """
-        if exact:
-            what = "gives all tokens the same score" if logit_spread < FLAT_LOGITS else ""
-        elif kept_share > 1 - COLLAPSE_MARGIN:
-            what = "keeps every token"
-        else:
-            what = "keeps no token" if kept_share < COLLAPSE_MARGIN else ""
+        kept, spread, entropy = 1 - values["sparsity"], values["logit_spread"], values["entropy"]
+        signs = {
+            "keeps every token": not exact and kept > 1 - COLLAPSE_MARGIN,
+            "keeps no token": not exact and kept < COLLAPSE_MARGIN,
+            "gives all tokens the same score": exact and spread < FLAT_LOGITS,
+            "draws the same mask every time, so that no gradient is left": values["equal_masks"] == 1,
+            "no longer varies its masks": entropy < LOW_ENTROPY,
+        }
+        what = next((words for words, seen in signs.items() if seen), "")
         self.streak = self.streak + 1 if what else 0
         if self.patience and self.streak >= self.patience:
             raise TrainingStoppedError(
-                f"the policy has collapsed: for {self.streak} steps it {what} (kept share {kept_share:.4f}, spread of "
-                f"the logits {logit_spread:.2e}). A lower optimizer.lr, a smaller optimizer.grad_clip or another "
-                "stage tau may help; go on from an earlier checkpoint"
+                f"the policy has collapsed: for {self.streak} steps it {what} (kept share {kept:.4f}, entropy "
+                f"{entropy:.4f}, spread of the logits {spread:.2e}). A lower optimizer.lr, a smaller optimizer.grad_clip "
+                "or another stage tau may help; go on from an earlier checkpoint"
             )

@@ -165,9 +165,7 @@ class Trainer:
                 self.step += 1
                 values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
                 self._report(stage, values, len(data.broken), log, bar)
-                self._collapse.check(
-                    1 - values["sparsity"], values["logit_spread"], self.settings.rollout.objective == "budget-matched"
-                )
+                self._collapse.check(values, exact=self.settings.rollout.objective == "budget-matched")
                 every = self.settings.checkpoint.every
                 if stop or number + 1 == stage.steps or (every and self.step % every == 0):
                     self._save(stage, number + 1)

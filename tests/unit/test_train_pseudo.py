@@ -26,6 +26,12 @@ def png(shade: int, size: tuple[int, int] = (56, 28)) -> bytes:
     return sink.getvalue()
 
 
+def encoded(pixels: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
 def row(i: int, **changes: Any) -> dict[str, Any]:
     """Row i has shade i and caption 'shade i.'."""
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"shade {i}."}]
@@ -78,7 +84,30 @@ def test_clips_are_what_the_paper_describes(group: int, make: Callable[..., Any]
         counts.add(len(stills))
         lengths |= {length for _, length in stills}
     assert counts == {2, 3, 4}
-    assert lengths == {3, 4, 5, 6}
+    assert lengths == {4, 6}
+
+
+def test_repeats_are_multiples_of_the_models_merge() -> None:
+    counts = {merge: pseudo.repeat_counts(merge) for merge in (1, 2, 3, 4, 8)}
+    assert counts == {1: [3, 4, 5, 6], 2: [4, 6], 3: [3, 6], 4: [4], 8: [8]}
+
+
+def test_within_a_still_the_towers_tokens_do_not_change(make: Callable[..., Any], tiny_model: Path) -> None:
+    """Paper, figure 4: residuals are zero within a still and large between stills."""
+    from score_vllm.vision.tower import VisionTower
+
+    tower = VisionTower(tiny_model)
+    pictures = np.random.default_rng(0).integers(0, 255, (9, 56, 84, 3), dtype=np.uint8)
+    source = make([row(i, image={"bytes": encoded(p), "path": None}) for i, p in enumerate(pictures)])
+    for i in range(4):
+        frames = source[i].frames
+        x, grid = tower.encode(frames)
+        changes = (frames[2::2] != frames[:-2:2]).any((1, 2, 3))
+        residual = (x[1:] - x[:-1]).abs().amax(dim=(1, 2)).numpy()
+        assert len(residual) == grid.t - 1
+        assert (residual[~changes] == 0).all()
+        assert (residual[changes] > 0.1).all()
+        assert 1 <= changes.sum() <= 3
 
 
 def test_the_same_index_is_the_same_clip(make: Callable[..., Any]) -> None:

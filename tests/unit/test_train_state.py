@@ -147,16 +147,36 @@ def test_newest_checkpoints_are_kept_by_number(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "step-100")
 
 
+def step_values(kept: float = 0.3, **changes: float) -> dict[str, float]:
+    return {"sparsity": 1 - kept, "entropy": 0.4, "equal_masks": 0.0, "logit_spread": 1.0, **changes}
+
+
 def test_collapse_needs_patience_and_a_row() -> None:
     watch = CollapseWatch(3)
     for share in (1.0, 1.0, 0.5, 0.0, 0.0):
-        watch.check(share, 1.0, exact=False)
+        watch.check(step_values(kept=share), exact=False)
     with pytest.raises(TrainingStoppedError, match="keeps no token"):
-        watch.check(0.0, 1.0, exact=False)
-    watch = CollapseWatch(2)
-    watch.check(0.06, 0.0, exact=True)
-    with pytest.raises(TrainingStoppedError, match="same score"):
-        watch.check(0.06, 0.0, exact=True)
+        watch.check(step_values(kept=0.0), exact=False)
     forever = CollapseWatch(0)
     for _ in range(100):
-        forever.check(1.0, 1.0, exact=False)
+        forever.check(step_values(kept=1.0), exact=False)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("sign", "words"), [({"entropy": 0.004}, "no longer varies"), ({"equal_masks": 1.0}, "the same mask every time")]
+)
+def test_collapse_is_seen_in_both_objectives(sign: dict[str, float], words: str, exact: bool) -> None:
+    watch = CollapseWatch(2)
+    for values in (step_values(), step_values(**sign), step_values(), step_values(**sign)):
+        watch.check(values, exact)
+    with pytest.raises(TrainingStoppedError, match=words):
+        watch.check(step_values(**sign), exact)
+
+
+def test_equal_scores_are_a_collapse_where_budgets_are_equal() -> None:
+    watch = CollapseWatch(1)
+    watch.check(step_values(logit_spread=0.0), exact=False)
+    watch.check(step_values(kept=0.0), exact=True)
+    with pytest.raises(TrainingStoppedError, match="same score"):
+        watch.check(step_values(logit_spread=0.0), exact=True)

@@ -22,6 +22,7 @@ from score_vllm.video import DecodeLimits
 
 IMAGES = (2, 4)
 REPEATS = (3, 6)
+MERGE = 2
 DEFAULT_PROMPT = "Describe the scenes of this video one after the other."
 # Companions of an image come from its window of rows: what is read for a sample stays small in any row group.
 WINDOW_ROWS = 256
@@ -47,7 +48,7 @@ class OneVisionPseudoSource:
     """Pseudo-videos from LLaVA-OneVision-Data's parquet files.
 
     Every sample begins with the image of its row, followed by one to three other images of nearby rows
-    (windows of 256 within a row group), drawn by seed and row; each is held for 3 to 6 frames. A row without image
+    (windows of 256 within a row group), drawn by seed and row; each is held for 3 to 6 frames (see :func:`repeat_counts`). A row without image
     or without an answer by gpt is a broken sample, and never drawn as a companion. All images of a clip are
     brought to the size of the first by letterboxing: their shape is kept, the rest is black. The captions (each
     conversation's first answer) are joined by line ends.
@@ -56,14 +57,16 @@ class OneVisionPseudoSource:
 
     Args:
         config: of kind ``onevision-pseudo``.
+        merge: frames that the model's vision tower merges into one temporal cell.
 
     Raises:
         FileNotFoundError: no data file, or no media folder.
         ValueError: a file is no parquet file or lacks a column, or no row is left.
     """
 
-    def __init__(self, config: OneVisionConfig) -> None:
+    def __init__(self, config: OneVisionConfig, merge: int = MERGE) -> None:
         self.config = config
+        self._repeats = repeat_counts(merge)
         if config.media and not Path(config.media).expanduser().is_dir():
             raise FileNotFoundError(f"source media {config.media!r} is not a folder")
         root = Path(config.path).expanduser()
@@ -144,7 +147,7 @@ class OneVisionPseudoSource:
                 break
         if len(stills) < IMAGES[0]:
             raise BrokenSampleError(f"{key}: no second usable image in the rows around it")
-        repeats = rng.integers(REPEATS[0], REPEATS[1] + 1, len(stills))
+        repeats = rng.choice(self._repeats, len(stills))
         frames = np.repeat(np.stack(stills), repeats, axis=0)
         prompt = self.config.prompt or DEFAULT_PROMPT
         return TrainingSample(key, frames, self.config.fps, prompt, "\n".join(captions))
@@ -185,6 +188,17 @@ class OneVisionPseudoSource:
         for number, value in enumerate(ids):
             if in_split(value, self.config.split, self.config.held_out):
                 yield number, 0, 0
+
+
+def repeat_counts(merge: int) -> list[int]:
+    """For how many frames a still may be held: the paper's 3 to 6, of these the multiples of the model's temporal merge.
+
+    No cell then blends two stills, so that the residual within a still is zero (paper section 4.4, figure 4).
+
+    Args:
+        merge: frames per temporal cell, >= 1.
+    """
+    return [n for n in range(REPEATS[0], REPEATS[1] + 1) if n % merge == 0] or [merge]
 
 
 class _ParquetFile:

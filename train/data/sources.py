@@ -17,6 +17,7 @@ from score_vllm.train.data.config import (
     WorldConfig,
     source_config,
 )
+from score_vllm.train.data.pseudo import MERGE
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
 
 __all__ = ["MixedSource", "open_mixed", "open_source", "source_config"]
@@ -25,11 +26,12 @@ __all__ = ["MixedSource", "open_mixed", "open_source", "source_config"]
 _PERIOD = 1000
 
 
-def open_source(spec: SourceConfig) -> SampleSource:
+def open_source(spec: SourceConfig, merge: int = MERGE) -> SampleSource:
     """Open one source.
 
     Args:
         spec: what to open.
+        merge: frames per temporal cell of the model, for pseudo-videos.
 
     Returns:
         Its samples; nothing is decoded yet.
@@ -46,7 +48,7 @@ def open_source(spec: SourceConfig) -> SampleSource:
             raise ModuleNotFoundError("source of kind 'onevision-pseudo' needs pyarrow: pip install score-vllm[train]")
         from score_vllm.train.data.pseudo import OneVisionPseudoSource
 
-        return OneVisionPseudoSource(spec)
+        return OneVisionPseudoSource(spec, merge)
     if isinstance(spec, KoalaConfig):
         from score_vllm.train.data.koala import KoalaSource
 
@@ -56,15 +58,15 @@ def open_source(spec: SourceConfig) -> SampleSource:
     return LlavaVideoSource(spec) if isinstance(spec, LlavaVideoConfig) else JsonlSource(spec)
 
 
-def open_mixed(specs: Sequence[SourceConfig], seed: int = 0) -> SampleSource:
-    """Open one source, or several as a mixture by their weights.
+def open_mixed(specs: Sequence[SourceConfig], seed: int = 0, merge: int = MERGE) -> SampleSource:
+    """Open one source, or several as a mixture by their weights; see :func:`open_source`.
 
     Raises:
         ValueError: there is none, or as :func:`open_source`.
     """
     if not specs:
         raise ValueError("sources must name at least one source")
-    opened = [open_source(spec) for spec in specs]
+    opened = [open_source(spec, merge) for spec in specs]
     return opened[0] if len(opened) == 1 else MixedSource(opened, [spec.weight for spec in specs], seed)
 
 

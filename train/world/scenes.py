@@ -156,14 +156,15 @@ def make_scene(rng: np.random.Generator, num_frames: int = NUM_FRAMES) -> Scene:
 
 
 def make_pseudo_scene(rng: np.random.Generator) -> Scene:
-    """A warm-up clip (paper section 4.4): 2-4 stills, each repeated for 3-6 frames, with a caption per still."""
+    """A warm-up clip (paper section 4.4): 2-4 stills with a caption each, repeated for 4 or 6 frames: of the paper's 3 to
+    6 those that the model's merge of two frames does not cut, so that within a still nothing changes."""
     things: list[Thing] = []
     flashes: list[Flash] = []
     cuts: list[int] = []
     texts: list[str] = []
     frame = 0
     for _ in range(int(rng.integers(2, 5))):
-        stop = frame + int(rng.integers(3, 7))
+        stop = frame + 2 * int(rng.integers(2, 4))
         taken: list[tuple[int, int, np.ndarray]] = []
         shapes, colours = rng.permutation(SHAPES), rng.permutation(list(COLOURS))
         still: list[Thing] = []
