@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from score_vllm.train.config import TrainSettings, load_settings
-from score_vllm.train.curriculum import open_stage
-from score_vllm.train.data.sample import BrokenSampleError
+from score_vllm.train.curriculum import open_sources
+from score_vllm.train.data.sample import BrokenSampleError, SampleSource
+from score_vllm.train.data.sources import mixed
+from score_vllm.train.data.targets import Targets, look_at, require_descriptions
 from score_vllm.train.frozen.model import FrozenVLM
+from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
 from score_vllm.train.trainer import Trainer, make_policy
@@ -42,26 +45,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 1 training stopped itself; 2 wrong configuration, model or data; 128 + n stopped by signal n, saved.
+
+    Raises:
+        Exception: whatever else goes wrong in training, so that its traceback is shown; Python's exit status is 1.
     """
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        settings = load_settings(options.config, options.overrides)
-        if options.stage:
-            settings.named(options.stage)
-        check_tracker(settings.tracking)
-        if options.check:
-            check(settings)
-            return 0
-        accelerator = make_accelerator(settings)
-        trainer = Trainer(settings, make_engine(settings, accelerator), accelerator)
-        return trainer.run(only=options.stage, resume=options.resume)
+        return run(options)
     except TrainingStoppedError as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+    except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything after parsing, see :func:`main`.
+
+    Raises:
+        ConfigurationError: the user's mistake, in one sentence.
+        TrainingStoppedError: see :meth:`~score_vllm.train.trainer.Trainer.run`.
+    """
+    settings = load_settings(options.config, options.overrides)
+    stages = (settings.named(options.stage),) if options.stage else settings.stages
+    check_tracker(settings.tracking)
+    config = FrozenVLM.config_of(model_path(settings))
+    opened = {stage.name: open_sources(stage, temporal_merge(config)) for stage in stages}
+    targets = look_at_targets(settings, opened)
+    if options.check:
+        check(settings, config, opened, targets)
+    for stage in stages:
+        weights = [spec.weight for spec in stage.sources]
+        require_descriptions(stage.name, targets[stage.name], weights, stage.allow_short_targets)
+    if options.check:
+        return 0
+    accelerator = make_accelerator(settings)
+    engine = make_engine(settings, accelerator)
+    sources = {
+        stage.name: mixed(opened[stage.name], [spec.weight for spec in stage.sources], settings.seed)
+        for stage in stages
+    }
+    return Trainer(settings, engine, accelerator, sources).run(only=options.stage, resume=options.resume)
+
+
+def temporal_merge(config: Any) -> int:
+    """Frames that the model's vision tower merges into one temporal cell."""
+    return int(getattr(config.vision_config, "temporal_patch_size", 1))
+
+
+def look_at_targets(settings: TrainSettings, opened: Mapping[str, Sequence[SampleSource]]) -> dict[str, list[Targets]]:
+    """Lengths and examples of every source's targets, by stage."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path(settings))
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return {name: [look_at(source, count, settings.seed) for source in sources] for name, sources in opened.items()}
 
 
 def model_path(settings: TrainSettings) -> str:
@@ -99,13 +142,17 @@ def make_engine(settings: TrainSettings, accelerator: Any) -> FrozenVLM:
     )
 
 
-def check(settings: TrainSettings) -> None:
-    """Open everything that training would, load one sample per stage, and print the plan.
+def check(
+    settings: TrainSettings,
+    config: Any,
+    opened: Mapping[str, Sequence[SampleSource]],
+    targets: Mapping[str, Sequence[Targets]],
+) -> None:
+    """Print the plan: model, policy, and per source its size, its first sample and what its targets look like.
 
     Raises:
-        FileNotFoundError, ValueError: as training would; a first sample that is broken is only reported.
+        ConfigurationError: ``policy.init`` does not fit; a first sample that is broken is only reported.
     """
-    config = FrozenVLM.config_of(model_path(settings))
     policy = make_policy(settings, config.get_text_config().hidden_size)
     weights = sum(p.numel() for p in policy.parameters())
     print(f"model    {settings.model.path} ({config.model_type}, {settings.model.dtype})")
@@ -113,17 +160,18 @@ def check(settings: TrainSettings) -> None:
     rollout, optimizer = settings.rollout, settings.optimizer
     print(f"rollouts {rollout.group_size} per video, {rollout.objective}, {rollout.max_rollout_tokens} tokens at once")
     print(f"update   {optimizer.name}, lr {optimizer.lr}, {optimizer.samples_per_step} videos per process and step")
-    for stage in settings.stages:
-        source = open_stage(stage, settings.seed)
-        kinds = ", ".join(s.kind for s in stage.sources)
-        print(f"stage    {stage.name}: {stage.steps} steps, tau {stage.tau}, {len(source)} samples of {kinds}")
-        try:
-            first = source[0]
-        except BrokenSampleError as error:
-            print(f"         first sample is broken: {error}")
-            continue
-        print(f"         first sample {first.key}: frames {first.frames.shape}, {first.fps:g} fps")
-        print(f"         asked {first.prompt[:100]!r}, answer {first.target[:100]!r}")
+    for name, sources in opened.items():
+        stage = settings.stage[name]
+        print(f"stage    {name}: {stage.steps} steps, tau {stage.tau}")
+        for spec, source, found in zip(stage.sources, sources, targets[name], strict=True):
+            print(f"source   {spec.kind}: {len(source)} samples, weight {spec.weight:g}")
+            try:
+                first = source[0]
+                print(f"         first sample {first.key}: frames {first.frames.shape}, {first.fps:g} fps")
+            except BrokenSampleError as error:
+                print(f"         first sample is broken: {error}")
+            for line in found.lines():
+                print(f"         {line}")
     print(f"output   {settings.output} (configuration {settings.digest()})")
 
 

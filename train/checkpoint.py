@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from score_vllm.train.schema import ConfigurationError
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -180,7 +182,7 @@ def newest_checkpoint(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, to
         except ValueError as error:
             logger.warning("%s", error)
     if found:
-        raise ValueError(f"every checkpoint in {root} is damaged")
+        raise ConfigurationError(f"every checkpoint in {root} is damaged")
     return None
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from score_vllm.near_miss import near_miss
 from score_vllm.train.data.config import SourceConfig
-from score_vllm.train.schema import Settings, assign, build, parse_override, read_toml
+from score_vllm.train.schema import ConfigurationError, Settings, assign, build, parse_override, read_toml
 
 
 class ModelSettings(Settings):
@@ -211,7 +211,9 @@ class TrainSettings(Settings):
             ValueError: there is none; the message lists them.
         """
         if name not in self.stage:
-            raise ValueError(f"stage must be one of {list(self.stage)}, got {name!r}{near_miss(name, self.stage)}")
+            raise ConfigurationError(
+                f"stage must be one of {list(self.stage)}, got {name!r}{near_miss(name, self.stage)}"
+            )
         return self.stage[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,20 +272,22 @@ def settings_from(raw: dict[str, Any], overrides: Sequence[str] = ()) -> TrainSe
     table = copy.deepcopy(raw)
     stages = table.setdefault("stage", {})
     if not isinstance(stages, dict) or not all(isinstance(v, dict) for v in stages.values()):
-        raise ValueError("stage must hold tables [stage.NAME], one per stage")
+        raise ConfigurationError("stage must hold tables [stage.NAME], one per stage")
     for text in overrides:
         steps, value = parse_override(text)
         if steps[0] == "stage" and len(steps) > 1 and steps[1] not in stages:
             known = StageSettings.model_fields
             if steps[1] not in known or not stages:
-                raise ValueError(f"--set {text}: stage must be one of {sorted(stages)}, or a field {sorted(known)}")
+                raise ConfigurationError(
+                    f"--set {text}: stage must be one of {sorted(stages)}, or a field {sorted(known)}"
+                )
             for name in stages:
                 assign(stages[name], steps[1:], copy.deepcopy(value))
         else:
             assign(table, steps, value)
     for name, stage in stages.items():
         if "name" in stage:
-            raise ValueError(f"unknown key 'stage.{name}.name': the table's own name is the stage's")
+            raise ConfigurationError(f"unknown key 'stage.{name}.name': the table's own name is the stage's")
         stage["name"] = name
     settings: TrainSettings = build(TrainSettings, table)
     return settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,31 +19,32 @@ import torch
 from score_vllm.train.config import StageSettings
 from score_vllm.train.data.config import FileConfig
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
-from score_vllm.train.data.sources import open_mixed
+from score_vllm.train.data.sources import open_source
 from score_vllm.train.frozen.feature_cache import CachedSample, FeatureCache
 from score_vllm.train.frozen.model import Engine
+from score_vllm.train.schema import ConfigurationError
+from score_vllm.train.stopping import TrainingStoppedError
 
 logger = logging.getLogger(__name__)
 
 # Samples tried for one slot before the run stops: a source that is broken throughout must not look like progress.
 MAX_ATTEMPTS = 50
 
-SourceOpener = Callable[[StageSettings, int], SampleSource]
 
+def open_sources(stage: StageSettings, merge: int) -> list[SampleSource]:
+    """The sources of a stage, each by itself.
 
-def open_stage(stage: StageSettings, seed: int) -> SampleSource:
-    """The mixture of a stage's sources.
+    Args:
+        stage: its settings.
+        merge: frames per temporal cell of the model.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`~score_vllm.train.data.sources.open_mixed`, with the stage named.
+        ConfigurationError: as :func:`~score_vllm.train.data.sources.open_source`, with the stage named.
     """
     try:
-        source = open_mixed(stage.sources, seed)
-    except (FileNotFoundError, ValueError) as error:
+        return [open_source(spec, merge) for spec in stage.sources]
+    except ConfigurationError as error:
         raise type(error)(f"stage.{stage.name}.sources: {error}") from error
-    if not len(source):
-        raise ValueError(f"stage.{stage.name}.sources: there is no sample in them")
-    return source
 
 
 class StageData:
@@ -97,7 +98,7 @@ class StageData:
             following: slots that this process will ask for next; they are read ahead.
 
         Raises:
-            RuntimeError: too many samples in a row are broken; the message has the last reason.
+            TrainingStoppedError: too many samples in a row are broken; the message has the last reason.
         """
         reason = ""
         for attempt in range(min(MAX_ATTEMPTS, len(self._source))):
@@ -118,7 +119,7 @@ class StageData:
                     continue
                 self._cache.put(key, found)
             return found
-        raise RuntimeError(
+        raise TrainingStoppedError(
             f"stage {self._stage.name!r}: {min(MAX_ATTEMPTS, len(self._source))} samples in a row are broken; "
             f"the last: {reason}"
         )

@@ -15,6 +15,17 @@ T = TypeVar("T")
 _WORDS = {"int": "an integer", "float": "a number", "string": "a string", "bool": "true or false", "tuple": "a list"}
 
 
+class ConfigurationError(ValueError):
+    """The user's mistake, in settings, model, data or output: its message is the one sentence that is printed."""
+
+
+class MissingError(ConfigurationError, FileNotFoundError):
+    """A file, folder or package that the settings name is not there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Settings(BaseModel):
     """A table: unknown keys, wrong types and numbers that are not finite are refused.
 
@@ -38,7 +49,7 @@ def build(kind: Any, table: Any, where: str = "") -> Any:
     try:
         return TypeAdapter(kind).validate_python(table)
     except ValidationError as error:
-        raise ValueError(_sentence(kind, error.errors()[0], where)) from None
+        raise ConfigurationError(_sentence(kind, error.errors()[0], where)) from None
 
 
 def _sentence(kind: Any, error: Any, where: str) -> str:
@@ -117,11 +128,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"configuration file {str(path)!r} does not exist")
+        raise MissingError(f"configuration file {str(path)!r} does not exist")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigurationError(f"{path} is not valid TOML: {error}") from error
 
 
 def parse_override(text: str, option: str = "--set") -> tuple[list[str], Any]:
@@ -133,7 +144,7 @@ def parse_override(text: str, option: str = "--set") -> tuple[list[str], Any]:
     name, sign, raw = text.partition("=")
     path = name.strip().split(".")
     if not sign or not all(path):
-        raise ValueError(f"{option} takes KEY=VALUE with a dotted key, got {text!r}")
+        raise ConfigurationError(f"{option} takes KEY=VALUE with a dotted key, got {text!r}")
     try:
         return path, tomllib.loads(f"value = {raw.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -150,14 +161,14 @@ def assign(table: Any, path: list[str], value: Any) -> None:
         last = depth == len(path) - 1
         if isinstance(table, list):
             if not step.isdigit() or int(step) >= len(table):
-                raise ValueError(f"{'.'.join(path)}: {step!r} must be an index in [0, {len(table) - 1}]")
+                raise ConfigurationError(f"{'.'.join(path)}: {step!r} must be an index in [0, {len(table) - 1}]")
             key: Any = int(step)
         elif isinstance(table, dict):
             key = step
             if not last:
                 table.setdefault(step, {})
         else:
-            raise ValueError(f"{'.'.join(path)}: {'.'.join(path[:depth])!r} is not a table")
+            raise ConfigurationError(f"{'.'.join(path)}: {'.'.join(path[:depth])!r} is not a table")
         if last:
             table[key] = value
         else:

@@ -39,9 +39,9 @@ class SampleResult:
         gradients: of the loss, one per parameter of the policy, float32.
         metrics: [len(METRICS)] float64: loss; reward (mean of eq. 5 + eq. 6); delta_ce (eq. 5); ce; ce_base; ce_gap
             (ce - ce_base); sparsity (eq. 6); safe_share; entropy (of the decisions in nats per token, or of the
-            first pick as a share of the largest where budgets are equal); equal_masks (1 where all K are the same, so that
-            no gradient is left); logit_spread and advantage_spread
-            (standard deviations); tokens that the language model read in the rollouts.
+            first pick as a share of the largest where budgets are equal); equal_masks (1 where all K are the same, so
+            that no gradient is left); logit_spread and advantage_spread (standard deviations); tokens that the language
+            model read in the rollouts.
         problem: why the numbers cannot be used, empty if they can.
     """
 

@@ -12,7 +12,7 @@ COLLAPSE_MARGIN = 1e-3
 # Logits closer together than this order nothing.
 FLAT_LOGITS = 1e-6
 # Below this the rollouts of a group hardly differ: nats per token, or a share of the largest where budgets are equal.
-LOW_ENTROPY = 0.01
+LOW_ENTROPY = 0.03
 
 
 class TrainingStoppedError(RuntimeError):
@@ -86,6 +86,6 @@ class CollapseWatch:
         if self.patience and self.streak >= self.patience:
             raise TrainingStoppedError(
                 f"the policy has collapsed: for {self.streak} steps it {what} (kept share {kept:.4f}, entropy "
-                f"{entropy:.4f}, spread of the logits {spread:.2e}). A lower optimizer.lr, a smaller optimizer.grad_clip "
-                "or another stage tau may help; go on from an earlier checkpoint"
+                f"{entropy:.4f}, spread of the logits {spread:.2e}). A lower optimizer.lr, a smaller "
+                "optimizer.grad_clip or another stage tau may help; go on from an earlier checkpoint"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from score_vllm.train.config import TrackingSettings
+from score_vllm.train.schema import MissingError
 
 LOG_NAME = "log.jsonl"
 
@@ -72,13 +73,13 @@ def check_tracker(settings: TrackingSettings) -> None:
     """See that the chosen tracker is installed.
 
     Raises:
-        ModuleNotFoundError: it is not; the message says how to get it.
+        MissingError: it is not; the message says how to get it.
     """
     import importlib.util
 
     package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(settings.tracker)
     if package and importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
+        raise MissingError(
             f"tracking.tracker is {settings.tracker!r}, which is not installed: pip install {package}, "
             "or --set tracking.tracker=none (log.jsonl is written in any case)"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from tqdm import tqdm
 from score_vllm.policy import RetentionPolicy
 from score_vllm.train import checkpoint
 from score_vllm.train.config import StageSettings, TrainSettings, differences
-from score_vllm.train.curriculum import SourceOpener, StageData, open_stage
+from score_vllm.train.curriculum import StageData
+from score_vllm.train.data.sample import SampleSource
 from score_vllm.train.frozen.feature_cache import FeatureCache
 from score_vllm.train.frozen.model import Engine
 from score_vllm.train.objective.rollout import noise_generator
 from score_vllm.train.optimizer import learning_rate_factor, make_optimizer
 from score_vllm.train.provenance import provenance
+from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.step import METRICS, sample_step
 from score_vllm.train.stopping import CollapseWatch, StopSignal, TrainingStoppedError
 from score_vllm.train.tracking import LOG_NAME, RunLog, start_trackers
@@ -37,18 +39,17 @@ class Trainer:
         settings: of the run.
         engine: the frozen model.
         accelerator: an ``accelerate.Accelerator``.
-        opener: opens a stage's samples.
+        sources: samples of every stage that is run, by its name.
 
     Raises:
-        FileNotFoundError: ``policy.init`` names nothing.
-        ValueError: ``policy.init`` is for another model.
+        ConfigurationError: ``policy.init`` names nothing, or is for another model.
     """
 
     def __init__(
-        self, settings: TrainSettings, engine: Engine, accelerator: Any, opener: SourceOpener = open_stage
+        self, settings: TrainSettings, engine: Engine, accelerator: Any, sources: Mapping[str, SampleSource]
     ) -> None:
         self.settings, self.engine, self.accelerator = settings, engine, accelerator
-        self._opener = opener
+        self._sources = sources
         self.output = Path(settings.output)
         self.policy = make_policy(settings, engine.hidden_size).to(accelerator.device).train()
         self._names = [name for name, _ in self.policy.named_parameters()]
@@ -73,7 +74,8 @@ class Trainer:
 
         Raises:
             TrainingStoppedError: numbers are not finite, or the policy has collapsed.
-            ValueError: the output holds a run and ``resume`` is False, or it cannot be resumed with these settings.
+            ConfigurationError: the output holds a run and ``resume`` is False, or it cannot be resumed with
+                these settings.
         """
         stages = (self.settings.named(only),) if only else self.settings.stages
         found = self._restore(resume)
@@ -120,7 +122,7 @@ class Trainer:
         root = self.output / "checkpoints"
         if not resume:
             if checkpoint.checkpoints(root):
-                raise ValueError(
+                raise ConfigurationError(
                     f"output {str(self.output)!r} holds checkpoints: add --resume, or choose another output"
                 )
             return None
@@ -130,20 +132,24 @@ class Trainer:
         step = loaded[2].step if loaded else -1
         seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
         if len(set(seen)) > 1:
-            raise ValueError(f"processes see different checkpoints (steps {seen}): output must be on a shared disk")
+            raise ConfigurationError(
+                f"processes see different checkpoints (steps {seen}): output must be on a shared disk"
+            )
         if loaded is None:
             logger.warning("nothing to resume in %s: starting anew", root)
             return None
         weights, optimizer, state = loaded
         if changed := differences(state.settings, self.settings.to_dict()):
-            raise ValueError(f"the run was started with other values of {changed}; it can only be resumed with those")
+            raise ConfigurationError(
+                f"the run was started with other values of {changed}; it can only be resumed with those"
+            )
         if state.samples_per_step != self.samples_per_step:
-            raise ValueError(
+            raise ConfigurationError(
                 f"the run has {state.samples_per_step} samples per step over all processes, now it would have "
                 f"{self.samples_per_step} (optimizer.samples_per_step * processes)"
             )
         if state.stage not in self.settings.stage:
-            raise ValueError(f"the run was in stage {state.stage!r}, which the configuration does not have")
+            raise ConfigurationError(f"the run was in stage {state.stage!r}, which the configuration does not have")
         self.policy.load_state_dict(weights)
         checkpoint.restore_optimizer(self._optimizer, self._names, optimizer)
         self._collapse.streak = state.collapse_streak
@@ -156,7 +162,7 @@ class Trainer:
         """Run to the stage's end; False where a signal stopped it. Either way the state is saved."""
         if first == 0:
             self._optimizer = make_optimizer(self.settings.optimizer, self.policy)
-        data = StageData(self._opener(stage, self.settings.seed), stage, self.settings.seed, self.engine, self._cache)
+        data = StageData(self._sources[stage.name], stage, self.settings.seed, self.engine, self._cache)
         bar.set_description(stage.name)
         try:
             for number in range(first, stage.steps):
@@ -255,8 +261,8 @@ def make_policy(settings: TrainSettings, hidden_size: int) -> RetentionPolicy:
     """The policy to start from: fresh, or that of ``policy.init``.
 
     Raises:
-        FileNotFoundError: ``policy.init`` names nothing.
-        ValueError: it is for another width of tokens, or differs from ``policy.use_residual``.
+        ConfigurationError: ``policy.init`` names nothing, is for another width of tokens, or differs from
+            ``policy.use_residual``.
     """
     wanted = settings.policy
     if not wanted.init:
@@ -268,14 +274,17 @@ def make_policy(settings: TrainSettings, hidden_size: int) -> RetentionPolicy:
             model_id=settings.model.path,
             seed=settings.seed,
         )
-    policy = RetentionPolicy.from_pretrained(wanted.init)
+    try:
+        policy = RetentionPolicy.from_pretrained(wanted.init)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigurationError(f"policy.init: {error}") from error
     if policy.config.hidden_size != hidden_size:
-        raise ValueError(
+        raise ConfigurationError(
             f"policy.init {wanted.init!r} is for tokens of width {policy.config.hidden_size}, "
             f"the model's have {hidden_size}"
         )
     if policy.config.use_residual != wanted.use_residual:
-        raise ValueError(
+        raise ConfigurationError(
             f"policy.use_residual must be {policy.config.use_residual}, as in policy.init, got {wanted.use_residual}"
         )
     return policy

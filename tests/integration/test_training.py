@@ -24,7 +24,7 @@ from score_vllm.train.frozen.model import EncodedSample
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.trainer import Trainer
 
-from .train_toy import ToyEngine, ToySource, opener, tokens_of, write_config
+from .train_toy import ToyEngine, ToySource, tokens_of, toy_sources, write_config
 
 TOY = Path(__file__).parent / "train_toy.py"
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,9 +35,7 @@ def settings_of(folder: Path, *overrides: str, name: str = "run") -> TrainSettin
 
 
 def train(settings: TrainSettings, engine: Any = None, source: Any = None, **options: Any) -> Trainer:
-    trainer = Trainer(
-        settings, engine or ToyEngine(), make_accelerator(settings), (lambda *_: source) if source else opener
-    )
+    trainer = Trainer(settings, engine or ToyEngine(), make_accelerator(settings), toy_sources(source))
     assert trainer.run(**options) == 0
     return trainer
 
@@ -150,12 +148,12 @@ def test_broken_samples_are_skipped_counted_and_named(tmp_path: Path, caplog: py
     train(settings_of(tmp_path), source=ToySource(5, broken=(1, 3)))
     assert log_of(tmp_path / "run")[-2]["broken_samples"] == 2
     assert "1: unreadable on purpose" in caplog.text
-    with pytest.raises(RuntimeError, match=r"3 samples in a row are broken.*unreadable on purpose"):
+    with pytest.raises(TrainingStoppedError, match=r"3 samples in a row are broken.*unreadable on purpose"):
         train(settings_of(tmp_path, name="b"), source=ToySource(3, broken=(0, 1, 2)))
 
 
 def test_frame_bounds_of_a_stage(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"8 frames, stage.warmup takes 1 to 6"):
+    with pytest.raises(TrainingStoppedError, match=r"8 frames, stage.warmup takes 1 to 6"):
         train(settings_of(tmp_path, "stage.warmup.max_frames=6"))
 
 
@@ -183,7 +181,7 @@ def test_a_stage_starts_from_a_given_policy(tmp_path: Path) -> None:
     train(settings_of(tmp_path), only="warmup")
     init = f"policy.init={tmp_path / 'run' / 'policy'}"
     trainer = Trainer(
-        settings := settings_of(tmp_path, init, name="b"), ToyEngine(), make_accelerator(settings), opener
+        settings := settings_of(tmp_path, init, name="b"), ToyEngine(), make_accelerator(settings), toy_sources()
     )
     assert all(torch.equal(p, weights(tmp_path / "run")[n]) for n, p in trainer.policy.named_parameters())
 
@@ -286,7 +284,13 @@ def test_nan_stops_with_the_diagnosis(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-2"
 
 
-@pytest.mark.parametrize(("engine", "word"), [(UselessVideo, "keeps no token"), (DearVideo, "keeps every token")])
+@pytest.mark.parametrize(
+    ("engine", "word"),
+    [
+        (UselessVideo, r"keeps no token|no longer varies its masks \(kept share 0\.0"),
+        (DearVideo, r"keeps every token|no longer varies its masks \(kept share 0\.99"),
+    ],
+)
 def test_a_collapsed_policy_stops_with_the_diagnosis(tmp_path: Path, engine: type, word: str) -> None:
     overrides = ["optimizer.lr=0.1", "stage.steps=400", "collapse_patience=5", "checkpoint.every=0"]
     with pytest.raises(TrainingStoppedError, match=word):
@@ -331,7 +335,10 @@ def test_command_line_trains_a_policy_for_a_real_model(
     config.write_text(CLI.format(output=tmp_path / "run", model=tiny_model))
     assert main(["--config", str(config), "--check"]) == 0
     plan = capsys.readouterr().out
-    assert "warmup: 2 steps, tau 1.01, 4 samples of world-pseudo" in plan
+    assert "warmup: 2 steps, tau 1.01" in plan
+    assert "world-pseudo: 4 samples" in plan
+    assert plan.count("target tokens of 4 samples: median") == 2
+    assert plan.count("asked 'Describe the video.', answer") == 8
     assert not (tmp_path / "run").exists()
     assert main(["--config", str(config)]) == 0
     policy = RetentionPolicy.from_pretrained(tmp_path / "run" / "policy")
@@ -406,3 +413,73 @@ def test_a_real_model_over_two_processes(tmp_path: Path, tiny_model: Path, shard
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
     losses = [[s["ce"] for s in log_of(tmp_path / n) if s["event"] == "step"] for n in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_errors_of_training_keep_their_traceback(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the user's mistakes are one line with exit status 2; anything else is shown whole."""
+    config = tmp_path / "c.toml"
+    config.write_text(CLI.format(output=tmp_path / "run", model=tiny_model))
+    for error in (RuntimeError("CUDA out of memory"), ValueError("shapes differ"), FileNotFoundError("gone")):
+
+        def broken(*_: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr("score_vllm.train.trainer.sample_step", broken)
+        with pytest.raises(type(error), match=str(error)):
+            main(["--config", str(config), "--set", "tracking.tracker=none"])
+
+
+def test_a_crash_ends_the_process_with_one_and_a_traceback(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(TOY), str(config)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "TOY_CRASH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.rstrip().endswith("RuntimeError: a shape is wrong, on purpose")
+
+
+SHORT = """
+output = "{output}"
+[model]
+path = "{model}"
+device = "cpu"
+[tracking]
+tracker = "none"
+progress = false
+[stage.main]
+steps = 1
+[[stage.main.sources]]
+kind = "llava-video"
+path = "{data}"
+task = "mc"
+split = "all"
+"""
+
+
+def test_letters_are_no_targets_unless_told(
+    tmp_path: Path, tiny_model: Path, clips: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "0_30_s_academic_v0_1"
+    folder.mkdir()
+    talk = [{"from": "human", "value": "<image>\nWhich?\nA. This.\nB. That."}, {"from": "gpt", "value": "A."}]
+    (folder / "clip.mp4").write_bytes(clips["plain"].read_bytes())
+    rows = [{"id": str(i), "video": "clip.mp4", "conversations": talk} for i in range(20)]
+    (folder / "0_30_s_academic_mc_v0_1_qa_processed.json").write_text(json.dumps(rows))
+    config = tmp_path / "c.toml"
+    config.write_text(SHORT.format(output=tmp_path / "run", model=tiny_model, data=folder))
+    for check in ([], ["--check"]):
+        assert main(["--config", str(config), *check]) == 2
+        said = capsys.readouterr()
+        assert "stage.main: the median target has 2 tokens, fewer than 8" in said.err
+        assert "stage.main.allow_short_targets=true" in said.err
+    assert "target tokens of 20 samples: median 2" in said.out
+    assert f"2-3 {'#' * 40} 20" in said.out
+    assert said.out.count("answer 'A.'") == 5
+    assert main(["--config", str(config), "--check", "--set", "stage.main.allow_short_targets=true"]) == 0

@@ -1,7 +1,7 @@
 """A frozen model whose best mask is known, and a runner for tests that need a process of their own.
 
 Usage: train_toy.py CONFIG [train's own options]; TOY_SLEEP slows the model down, TOY_KILL_AT_SAVE=N kills the process
-with SIGKILL while it saves step N.
+with SIGKILL while it saves step N, TOY_CRASH=1 makes the model raise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from score_vllm.train import checkpoint
 from score_vllm.train.__main__ import make_accelerator, parse
-from score_vllm.train.config import StageSettings, load_settings
+from score_vllm.train.config import load_settings
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.train.frozen.model import EncodedSample
 from score_vllm.train.stopping import TrainingStoppedError
@@ -88,6 +88,8 @@ class ToyEngine:
 
     def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         self.base_calls += len(kept) == 1
+        if os.environ.get("TOY_CRASH"):
+            raise RuntimeError("a shape is wrong, on purpose")
         if pause := os.environ.get("TOY_SLEEP"):
             time.sleep(float(pause))
         important = tokens_of(encoded.key)[1]
@@ -114,9 +116,13 @@ class ToySource:
             raise BrokenSampleError(f"{index}: unreadable on purpose")
         return TrainingSample(str(index), np.zeros((8, 28, 28, 3), np.uint8), 2.0, "What?", "That.")
 
+    def text(self, index: int) -> tuple[str, str]:
+        return "What?", "That."
 
-def opener(stage: StageSettings, seed: int) -> ToySource:
-    return ToySource()
+
+def toy_sources(source: ToySource | None = None) -> dict[str, ToySource]:
+    """The same samples for both stages."""
+    return dict.fromkeys(("warmup", "main"), source or ToySource())
 
 
 def main() -> int:
@@ -132,7 +138,7 @@ def main() -> int:
 
         checkpoint._sync = kill
     settings = load_settings(options.config, options.overrides)
-    trainer = Trainer(settings, ToyEngine(), make_accelerator(settings), opener)
+    trainer = Trainer(settings, ToyEngine(), make_accelerator(settings), toy_sources())
     try:
         return trainer.run(only=options.stage, resume=options.resume)
     except TrainingStoppedError:

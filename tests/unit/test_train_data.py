@@ -204,6 +204,34 @@ def test_koala(koala: Path, tmp_path: Path) -> None:
     assert len(opened(tmp_path / "cache", **common, min_training_suitability=4.1)) == 2
 
 
+def test_koala_rows_of_a_whole_video_read_their_time_span(tmp_path: Path, clips: dict[str, Path]) -> None:
+    media = tmp_path / "clips"
+    media.mkdir()
+    shutil.copy(clips["plain"], media / "a_b.mp4")
+    path = tmp_path / "Koala_36M_1.csv"
+    row = "a_b_7,u,\"['0:00:02.000', '0:00:04.500']\",Late part.,0.9,5.3,22.0,4.4\n"
+    path.write_text(f"{KOALA_HEADER}\n{row}")
+    for present_only in (False, True):
+        source = opened(
+            tmp_path / "cache", kind="koala", path=str(path), media=str(media), split="all", present_only=present_only
+        )
+        assert source.record(0).video.name == "a_b.mp4"
+        expected = decode_video(clips["plain"].read_bytes(), start=2.0, end=4.5)
+        np.testing.assert_array_equal(source[0].frames, expected.frames)
+        assert source[0].fps == pytest.approx(1 / expected.step)
+
+
+def test_jsonl_rows_may_name_a_part_of_the_video(tmp_path: Path, clips: dict[str, Path]) -> None:
+    lines = [
+        {"video": str(clips["plain"]), "caption": "x", **more} for more in ({"start": 1, "end": 3.5}, {"end": "x"})
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = opened(tmp_path / "cache", kind="jsonl", path=str(tmp_path / "a.jsonl"), split="all")
+    np.testing.assert_array_equal(source[0].frames, decode_video(clips["plain"].read_bytes(), start=1, end=3.5).frames)
+    with pytest.raises(BrokenSampleError, match=r"end must be seconds >= 0, got 'x'"):
+        source[1]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
-from score_vllm.train.data.sources import MixedSource, open_mixed, open_source, source_config
+from score_vllm.train.data.sources import MixedSource, mixed, open_source, source_config
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,9 @@ class Numbers:
             raise BrokenSampleError(f"n{index}: broken")
         return TrainingSample(f"n{index}", np.zeros((2, 4, 4, 3), np.uint8), 2.0, "?", "!")
 
+    def text(self, index: int) -> tuple[str, str]:
+        return "?", "!"
+
 
 def test_mixture_keeps_its_weights_and_repeats_nothing_early() -> None:
     mixed = MixedSource([Numbers(9000), Numbers(700), Numbers(300)], [6, 3, 1], seed=3)
@@ -141,25 +144,12 @@ def test_bad_mixtures(sizes: list[int], weights: list[float], message: str) -> N
         MixedSource([Numbers(size) for size in sizes], weights)
 
 
-def test_open_mixed(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"video": "a.mp4", "caption": "x"}\n')
-    (tmp_path / "b.jsonl").write_text('{"video": "b.mp4", "caption": "x"}\n' * 3)
-    specs = [
-        source_config(
-            kind="jsonl",
-            path=str(tmp_path / f"{name}.jsonl"),
-            split="all",
-            weight=weight,
-            cache=str(tmp_path / "cache"),
-        )
-        for name, weight in (("a", 1.0), ("b", 3.0))
-    ]
-    assert len(open_mixed(specs[:1])) == 1
-    mixed = open_mixed(specs)
-    assert isinstance(mixed, MixedSource)
-    assert len(mixed) == 4
-    with pytest.raises(ValueError, match="at least one source"):
-        open_mixed([])
+def test_several_sources_are_mixed() -> None:
+    one, other = Numbers(2), Numbers(3)
+    assert mixed([one], [2.0]) is one
+    both = mixed([one, other], [1.0, 3.0])
+    assert isinstance(both, MixedSource)
+    assert len(both) == 5
 
 
 def test_world_kinds() -> None:

@@ -70,8 +70,6 @@ class ClipReader:
         Raises:
             BrokenSampleError: the file is missing, damaged, above a limit, or not a video.
         """
-        if start is not None or end is not None:
-            raise BrokenSampleError(f"{name}: a part of a video ({start} to {end} s) cannot be read yet")
         try:
             clip = self._folder(path, start, end) if path.is_dir() else self._file(path, start, end)
         except VideoError as error:
@@ -88,7 +86,9 @@ class ClipReader:
             raise VideoError(
                 f"the video has {path.stat().st_size} bytes, more than max_bytes = {self.limits.max_bytes}"
             )
-        video = decode_video_isolated(path.read_bytes(), fps=self.fps, max_frames=self.max_frames, limits=self.limits)
+        video = decode_video_isolated(
+            path.read_bytes(), fps=self.fps, max_frames=self.max_frames, start=start, end=end, limits=self.limits
+        )
         return Clip(video.frames, 1 / video.step)
 
     def _folder(self, path: Path, start: float | None, end: float | None) -> Clip:
@@ -96,7 +96,7 @@ class ClipReader:
         if not files:
             raise VideoError(f"the folder has no frames ({', '.join(PICTURE_SUFFIXES)})")
         stamps = np.arange(len(files)) / FOLDER_FPS
-        sample = choose(stamps, len(files) / FOLDER_FPS, fps=self.fps, max_frames=self.max_frames)
+        sample = choose(stamps, len(files) / FOLDER_FPS, fps=self.fps, max_frames=self.max_frames, start=start, end=end)
         first = _read_frame(files[sample.indices[0]], self.limits)
         size = fit_within(first.shape[0], first.shape[1], self.max_pixels)
         frames = np.empty((len(sample.indices), *size, 3), np.uint8)

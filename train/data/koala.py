@@ -17,6 +17,7 @@ from score_vllm.train.data.record_index import Entry, with_progress
 from score_vllm.train.data.record_scan import parse_csv_row, scan_csv
 from score_vllm.train.data.records import DEFAULT_PROMPT, RecordSource, VideoRecord, log_dropped
 from score_vllm.train.data.sample import BrokenSampleError
+from score_vllm.train.schema import ConfigurationError
 
 SCORES = {
     "min_clarity": "clarity_score",
@@ -58,7 +59,7 @@ class KoalaSource(RecordSource):
         columns = next((row for _, _, row in scan_csv(path)), None) or []
         needed = [*_NEEDED, *(column for name, column in SCORES.items() if getattr(self.config, name))]
         if missing := [name for name in needed if name not in columns]:
-            raise ValueError(f"{path} lacks the columns {missing}; its header is {columns[:12]}")
+            raise ConfigurationError(f"{path} lacks the columns {missing}; its header is {columns[:12]}")
         return columns
 
     def _entries(self, path: Path) -> Iterator[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ from score_vllm.train.data.config import OneVisionConfig
 from score_vllm.train.data.record_index import Entry, RecordIndex, data_files, in_split, open_index, sample_rows
 from score_vllm.train.data.records import pairs_of, relative_media
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
+from score_vllm.train.schema import ConfigurationError, MissingError
 from score_vllm.video import DecodeLimits
 
 IMAGES = (2, 4)
@@ -48,10 +50,10 @@ class OneVisionPseudoSource:
     """Pseudo-videos from LLaVA-OneVision-Data's parquet files.
 
     Every sample begins with the image of its row, followed by one to three other images of nearby rows
-    (windows of 256 within a row group), drawn by seed and row; each is held for 3 to 6 frames (see :func:`repeat_counts`). A row without image
-    or without an answer by gpt is a broken sample, and never drawn as a companion. All images of a clip are
-    brought to the size of the first by letterboxing: their shape is kept, the rest is black. The captions (each
-    conversation's first answer) are joined by line ends.
+    (windows of 256 within a row group), drawn by seed and row; each is held as :func:`repeat_counts` says. A row
+    without image or without an answer by gpt is a broken sample, and never drawn as a companion. All images of a
+    clip are brought to the size of the first by letterboxing: their shape is kept, the rest is black. The captions
+    (each conversation's first answer) are joined by line ends.
 
     Only file footers are held; a split other than ``all`` reads the id column once.
 
@@ -68,7 +70,7 @@ class OneVisionPseudoSource:
         self.config = config
         self._repeats = repeat_counts(merge)
         if config.media and not Path(config.media).expanduser().is_dir():
-            raise FileNotFoundError(f"source media {config.media!r} is not a folder")
+            raise MissingError(f"source media {config.media!r} is not a folder")
         root = Path(config.path).expanduser()
         cache = Path(config.cache).expanduser() if config.cache else cache_directory() / "index"
         self._files = [_ParquetFile(path) for path in self._select(data_files(config.path, (".parquet",)))]
@@ -85,7 +87,9 @@ class OneVisionPseudoSource:
         self._ends = list(accumulate(len(rows) for rows in self._rows))
         self._sample = sample_rows(self._ends[-1], config.limit, config.seed)
         if not len(self):
-            raise ValueError(f"source path {config.path!r}: no row is left in split {config.split or 'train'!r}")
+            raise ConfigurationError(
+                f"source path {config.path!r}: no row is left in split {config.split or 'train'!r}"
+            )
 
     def __len__(self) -> int:
         return len(self._sample)
@@ -98,7 +102,7 @@ class OneVisionPseudoSource:
         chosen = [p for p in paths if p.parent.name in wanted]
         if not chosen:
             there = sorted({p.parent.name for p in paths})
-            raise ValueError(
+            raise ConfigurationError(
                 f"source path {self.config.path!r}: no folder of it is one of subsets = {list(wanted)}; there are "
                 f"{there[:10]}; name others, or ['all']"
             )
@@ -111,19 +115,34 @@ class OneVisionPseudoSource:
             BrokenSampleError: the row's image or text cannot be used, or there is no companion; names the row.
             IndexError: ``index`` is outside [0, len).
         """
+        file, name, number, rng = self._locate(index)
+        import pyarrow as pa
+
+        try:
+            return self._make(file, f"{name}#{number}", number, rng)
+        except (OSError, pa.ArrowException) as error:  # a file that is gone, a damaged page
+            raise BrokenSampleError(f"{name}#{number}: {error}") from error
+
+    def text(self, index: int) -> tuple[str, str]:
+        """Prompt and joined captions of a sample whose pictures can all be decoded."""
+        file, name, number, rng = self._locate(index)
+        group, at = file.place(number)
+        window = file.window(group, at // WINDOW_ROWS)
+        anchor = next(row for row in window if row.at == at)
+        if anchor.broken:
+            raise BrokenSampleError(f"{name}#{number}:{anchor.name}: {anchor.broken}")
+        count = int(rng.integers(IMAGES[0], IMAGES[1] + 1))
+        others = itertools.islice(self._companions(file, anchor, window, rng), count - 1)
+        return self.config.prompt or DEFAULT_PROMPT, "\n".join([anchor.caption, *(row.caption for row in others)])
+
+    def _locate(self, index: int) -> tuple[_ParquetFile, str, int, np.random.Generator]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample index must be in [0, {len(self)}), got {index}")
         row = self._sample[index]
         at = bisect.bisect_right(self._ends, row)
-        file, name = self._files[at], self._names[at]
         entry = self._rows[at][row - (self._ends[at - 1] if at else 0)]
-        import pyarrow as pa
-
-        row_number = entry if isinstance(entry, int) else entry[0]
-        try:
-            return self._make(file, f"{name}#{row_number}", row_number, np.random.default_rng([self.config.seed, row]))
-        except (OSError, pa.ArrowException) as error:  # a file that is gone, a damaged page
-            raise BrokenSampleError(f"{name}#{row_number}: {error}") from error
+        number = entry if isinstance(entry, int) else entry[0]
+        return self._files[at], self._names[at], number, np.random.default_rng([self.config.seed, row])
 
     def _make(self, file: _ParquetFile, where: str, row_number: int, rng: np.random.Generator) -> TrainingSample:
         group, at = file.place(row_number)
@@ -191,7 +210,7 @@ class OneVisionPseudoSource:
 
 
 def repeat_counts(merge: int) -> list[int]:
-    """For how many frames a still may be held: the paper's 3 to 6, of these the multiples of the model's temporal merge.
+    """For how many frames a still may be held: of the paper's 3 to 6 the multiples of the model's temporal merge.
 
     No cell then blends two stills, so that the residual within a still is zero (paper section 4.4, figure 4).
 
@@ -215,11 +234,11 @@ class _ParquetFile:
                 missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
                 image: Any = None if missing else file.schema_arrow.field("image").type
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is not a parquet file: {' '.join(str(error).split())[:200]}") from error
+            raise ConfigurationError(f"{path} is not a parquet file: {' '.join(str(error).split())[:200]}") from error
         if missing:
-            raise ValueError(f"{path} lacks the columns {missing}; it must hold {list(_COLUMNS)}")
+            raise ConfigurationError(f"{path} lacks the columns {missing}; it must hold {list(_COLUMNS)}")
         if not pa.types.is_struct(image) or {"bytes", "path"} - {f.name for f in image}:
-            raise ValueError(f"{path}: column image must be a struct of bytes and path, got {image}")
+            raise ConfigurationError(f"{path}: column image must be a struct of bytes and path, got {image}")
         self._ends = list(
             accumulate(self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups))
         )

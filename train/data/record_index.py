@@ -17,6 +17,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from score_vllm.train.schema import MissingError
+
 log = logging.getLogger(__name__)
 
 # Raise when the same file and settings would give other entries.
@@ -188,5 +190,5 @@ def data_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     else:
         found = [p for p in map(Path, glob.glob(str(here), recursive=True)) if p.is_file()]
     if not found:
-        raise FileNotFoundError(f"source path {path!r}: no file there ending in {' or '.join(suffixes)}")
+        raise MissingError(f"source path {path!r}: no file there ending in {' or '.join(suffixes)}")
     return sorted(found)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from score_vllm.train.schema import ConfigurationError
+
 # A record larger than this is a broken file, not a record.
 MAX_RECORD_BYTES = 64 << 20
 # Fields of a csv file: far above any caption, and a bound on what one lost quote can swallow.
@@ -30,7 +32,7 @@ def scan_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         offset = 0
         while line := file.readline(MAX_RECORD_BYTES + 1):
             if len(line) > MAX_RECORD_BYTES:
-                raise ValueError(f"{path}: the line at byte {offset} is longer than {MAX_RECORD_BYTES} bytes")
+                raise ConfigurationError(f"{path}: the line at byte {offset} is longer than {MAX_RECORD_BYTES} bytes")
             if line.strip():
                 yield offset, len(line), line
             offset += len(line)
@@ -72,12 +74,12 @@ def scan_json_array(path: Path) -> Iterator[tuple[int, int, Any]]:
                     return ""
 
         if skip("\ufeff \t\r\n") != "[":
-            raise ValueError(f"{path} must hold one JSON array ('[' expected at byte {offset})")
+            raise ConfigurationError(f"{path} must hold one JSON array ('[' expected at byte {offset})")
         start, offset = start + 1, offset + 1
         separators = " \t\r\n"
         while (first := skip(separators)) != "]":
             if not first:
-                raise ValueError(f"{path} is cut off: the array is not closed at byte {offset}")
+                raise ConfigurationError(f"{path} is cut off: the array is not closed at byte {offset}")
             while True:
                 try:
                     element, end = decoder.raw_decode(text, start)
@@ -87,14 +89,18 @@ def scan_json_array(path: Path) -> Iterator[tuple[int, int, Any]]:
                         break
                 except (json.JSONDecodeError, RecursionError) as error:
                     if len(text) - start > MAX_RECORD_BYTES:
-                        raise ValueError(f"{path}: no JSON element ends within {MAX_RECORD_BYTES} bytes") from error
+                        raise ConfigurationError(
+                            f"{path}: no JSON element ends within {MAX_RECORD_BYTES} bytes"
+                        ) from error
                     if not more():
-                        raise ValueError(f"{path}: damaged or cut off in the element at byte {offset}") from error
+                        raise ConfigurationError(
+                            f"{path}: damaged or cut off in the element at byte {offset}"
+                        ) from error
             length = len(text[start:end].encode("utf-8", "surrogateescape"))
             yield offset, length, element
             start, offset = end, offset + length
             if (mark := skip(" \t\r\n")) not in (",", "]", ""):
-                raise ValueError(f"{path}: ',' or ']' expected at byte {offset}, got {mark!r}")
+                raise ConfigurationError(f"{path}: ',' or ']' expected at byte {offset}, got {mark!r}")
             if mark == ",":
                 start, offset = start + 1, offset + 1
 

@@ -28,6 +28,7 @@ from score_vllm.train.data.record_index import (
 )
 from score_vllm.train.data.record_scan import scan_json_array, scan_lines
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
+from score_vllm.train.schema import ConfigurationError, MissingError
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class RecordSource(ABC):
         self.config = config
         self._clips = ClipReader(config.fps, config.max_frames, config.max_pixels)
         if config.media and not Path(config.media).expanduser().is_dir():
-            raise FileNotFoundError(f"source media {config.media!r} is not a folder")
+            raise MissingError(f"source media {config.media!r} is not a folder")
         paths = self._select(data_files(config.path, self.suffixes))
         cache = Path(config.cache).expanduser() if config.cache else cache_directory() / "index"
         root = Path(config.path).expanduser()
@@ -92,7 +93,9 @@ class RecordSource(ABC):
         self._ends = list(accumulate(len(file.index) for file in self._files))
         self._rows = sample_rows(self._ends[-1], config.limit, config.seed)
         if not len(self):
-            raise ValueError(f"source path {config.path!r}: no record is left in split {config.split or 'train'!r}")
+            raise ConfigurationError(
+                f"source path {config.path!r}: no record is left in split {config.split or 'train'!r}"
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,6 +112,11 @@ class RecordSource(ABC):
             raise BrokenSampleError(f"{record.key}: the response is empty")
         clip = self._clips.read(record.video, record.key, record.start, record.end)
         return TrainingSample(record.key, clip.frames, clip.fps, record.prompt, record.target)
+
+    def text(self, index: int) -> tuple[str, str]:
+        """See :class:`~score_vllm.train.data.sample.SampleSource`."""
+        record = self.record(index)
+        return record.prompt, record.target
 
     def record(self, index: int) -> VideoRecord:
         """Record ``index`` without reading its video.
@@ -173,7 +181,7 @@ class LlavaVideoSource(RecordSource):
             marks = ("_oe_", "_mc_", "_qa_") if task == "qa" else (f"_{task}_",)
             chosen = [p for p in paths if any(mark in p.name for mark in marks)]
         if not chosen:
-            raise ValueError(
+            raise ConfigurationError(
                 f"source path {self.config.path!r}: no file name holds {' or '.join(marks)} (task = {task!r}); there "
                 f"are {[p.name for p in paths[:5]]}; name another task, 'all', or one file"
             )

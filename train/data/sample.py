@@ -56,3 +56,6 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> TrainingSample: ...
+
+    def text(self, index: int) -> tuple[str, str]:
+        """``(prompt, target)`` of a sample, without reading its video; the video may still turn out broken."""

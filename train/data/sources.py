@@ -19,8 +19,9 @@ from score_vllm.train.data.config import (
 )
 from score_vllm.train.data.pseudo import MERGE
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
+from score_vllm.train.schema import ConfigurationError, MissingError
 
-__all__ = ["MixedSource", "open_mixed", "open_source", "source_config"]
+__all__ = ["MixedSource", "mixed", "open_source", "source_config"]
 
 # Positions after which the pattern of a mixture repeats; shares are multiples of 1 / _PERIOD.
 _PERIOD = 1000
@@ -45,7 +46,7 @@ def open_source(spec: SourceConfig, merge: int = MERGE) -> SampleSource:
         return _open_world(spec)
     if isinstance(spec, OneVisionConfig):
         if importlib.util.find_spec("pyarrow") is None:
-            raise ModuleNotFoundError("source of kind 'onevision-pseudo' needs pyarrow: pip install score-vllm[train]")
+            raise MissingError("source of kind 'onevision-pseudo' needs pyarrow: pip install score-vllm[train]")
         from score_vllm.train.data.pseudo import OneVisionPseudoSource
 
         return OneVisionPseudoSource(spec, merge)
@@ -58,16 +59,9 @@ def open_source(spec: SourceConfig, merge: int = MERGE) -> SampleSource:
     return LlavaVideoSource(spec) if isinstance(spec, LlavaVideoConfig) else JsonlSource(spec)
 
 
-def open_mixed(specs: Sequence[SourceConfig], seed: int = 0, merge: int = MERGE) -> SampleSource:
-    """Open one source, or several as a mixture by their weights; see :func:`open_source`.
-
-    Raises:
-        ValueError: there is none, or as :func:`open_source`.
-    """
-    if not specs:
-        raise ValueError("sources must name at least one source")
-    opened = [open_source(spec, merge) for spec in specs]
-    return opened[0] if len(opened) == 1 else MixedSource(opened, [spec.weight for spec in specs], seed)
+def mixed(sources: Sequence[SampleSource], weights: Sequence[float], seed: int = 0) -> SampleSource:
+    """One source as it is, several as a mixture by their weights."""
+    return sources[0] if len(sources) == 1 else MixedSource(sources, weights, seed)
 
 
 class MixedSource:
@@ -122,6 +116,11 @@ class MixedSource:
         turn = period * int(self._quotas[source]) + int(self._rank[place])
         return source, turn % len(self.sources[source])
 
+    def text(self, index: int) -> tuple[str, str]:
+        """See :class:`~score_vllm.train.data.sample.SampleSource`."""
+        source, place = self.locate(index)
+        return self.sources[source].text(place)
+
     def __getitem__(self, index: int) -> TrainingSample:
         """Sample ``index``; keys begin with the source's number.
 
@@ -152,7 +151,9 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
 
 def _open_world(spec: WorldConfig) -> SampleSource:
     if importlib.util.find_spec("score_vllm.train.world.scenes") is None:
-        raise ValueError(f"source of kind {spec.kind!r}: this installation has no score_vllm.train.world.scenes")
+        raise ConfigurationError(
+            f"source of kind {spec.kind!r}: this installation has no score_vllm.train.world.scenes"
+        )
     world = importlib.import_module("score_vllm.train.world.scenes")
     options: dict[str, object] = {}
     if spec.split:

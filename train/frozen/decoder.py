@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from score_vllm.train.schema import ConfigurationError
+
 ATTENTION = ("sdpa", "flash_attention_2")
 
 
@@ -22,9 +24,9 @@ def check_decoder(language_model: Any) -> None:
     """
     chosen = language_model.config._attn_implementation
     if chosen not in ATTENTION:
-        raise ValueError(f"attn_implementation must be one of {list(ATTENTION)}, got {chosen!r}")
+        raise ConfigurationError(f"attn_implementation must be one of {list(ATTENTION)}, got {chosen!r}")
     if language_model.has_sliding_layers:
-        raise ValueError("the model has sliding-window attention, which training does not support")
+        raise ConfigurationError("the model has sliding-window attention, which training does not support")
 
 
 def answer_states(

@@ -15,6 +15,7 @@ from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.train.frozen.decoder import answer_states, check_decoder
 from score_vllm.train.frozen.sharding import Lockstep, shard_layers
 from score_vllm.train.objective.rollout import micro_batches
+from score_vllm.train.schema import ConfigurationError, MissingError
 from score_vllm.types import VideoGrid
 from score_vllm.vision.tower import VisionTower
 
@@ -145,7 +146,12 @@ class FrozenVLM:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         cls.config_of(path)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        try:
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        except OSError as error:
+            raise ConfigurationError(
+                f"model.path {str(path)!r} has no weights: {str(error).splitlines()[0]}"
+            ) from error
         if shard:
             shard_layers(model.model.language_model, torch.device(device))
         return cls(model.to(device), path, max_rollout_tokens=max_rollout_tokens, sharded=shard)
@@ -163,12 +169,12 @@ class FrozenVLM:
         try:
             config = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(
+            raise MissingError(
                 f"model.path {str(path)!r} is neither the directory of a checkpoint nor a hub id that can be "
                 f"reached: {str(error).splitlines()[0]}"
             ) from error
         if config.model_type != "qwen2_5_vl":
-            raise ValueError(f"model.path {str(path)!r} is a {config.model_type}; supported: qwen2_5_vl")
+            raise ConfigurationError(f"model.path {str(path)!r} is a {config.model_type}; supported: qwen2_5_vl")
         return config
 
     def render(self, prompt: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from score_vllm.train.schema import ConfigurationError
+
 
 def shard_layers(language_model: Any, device: torch.device) -> None:
     """Shard all layers but the last, whose parts are called one by one, over all processes.
@@ -22,13 +24,15 @@ def shard_layers(language_model: Any, device: torch.device) -> None:
         device: of this process.
 
     Raises:
-        RuntimeError: no process group is initialised.
+        ConfigurationError: no process group is initialised.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
-        raise RuntimeError("model.shard = 'fsdp' needs several processes: start with torchrun or accelerate launch")
+        raise ConfigurationError(
+            "model.shard = 'fsdp' needs several processes: start with torchrun or accelerate launch"
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in language_model.layers[:-1]:
         fully_shard(layer, mesh=mesh)

@@ -156,8 +156,10 @@ def make_scene(rng: np.random.Generator, num_frames: int = NUM_FRAMES) -> Scene:
 
 
 def make_pseudo_scene(rng: np.random.Generator) -> Scene:
-    """A warm-up clip (paper section 4.4): 2-4 stills with a caption each, repeated for 4 or 6 frames: of the paper's 3 to
-    6 those that the model's merge of two frames does not cut, so that within a still nothing changes."""
+    """A warm-up clip (paper section 4.4): 2-4 stills with a caption each.
+
+    Each is repeated for 4 or 6 frames: of the paper's 3 to 6 those that the model's merge of two frames does not cut.
+    """
     things: list[Thing] = []
     flashes: list[Flash] = []
     cuts: list[int] = []
@@ -272,9 +274,11 @@ class WorldSource:
         if not 0 <= index < self.size:
             raise IndexError(f"clip {index} of {self.size}")
         scene, _ = make_clip(self.split, index)
-        return TrainingSample(
-            f"world:{self.split}:{index}", render(scene).frames, FPS, CAPTION_PROMPTS[0], caption(scene)
-        )
+        return TrainingSample(f"world:{self.split}:{index}", render(scene).frames, FPS, *self.text(index))
+
+    def text(self, index: int) -> tuple[str, str]:
+        """Prompt and caption of a clip, without drawing it."""
+        return CAPTION_PROMPTS[0], caption(make_clip(self.split, index)[0])
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,10 @@ class PseudoWorldSource(WorldSource):
         scene = make_pseudo_scene(clip_rng(self.split, index, "pseudo"))
         key = f"world-pseudo:{self.split}:{index}"
         return TrainingSample(key, render(scene).frames, FPS, CAPTION_PROMPTS[0], caption(scene))
+
+    def text(self, index: int) -> tuple[str, str]:
+        """Prompt and caption of a clip, without drawing it."""
+        return CAPTION_PROMPTS[0], caption(make_pseudo_scene(clip_rng(self.split, index, "pseudo")))
 
 
 def _named(thing: Thing) -> str:
