@@ -31,6 +31,8 @@ from harness import RESULTS, Sample, environment, table, write_results
 
 from score_vllm.budget import num_retained_tokens
 from score_vllm.kernels import configs, ops, reference
+from score_vllm.layout import grid_layout
+from score_vllm.types import VideoGrid
 
 # T, h, w. The paper's 42,566 tokens are twice a prime, so no real grid has them; this one has 42,560.
 GPU_GRIDS = {"8K": (16, 16, 32), "paper": (64, 19, 35), "170K": (256, 19, 35), "680K": (1024, 19, 35)}
@@ -100,11 +102,12 @@ class Case:
         vectors = torch.randn(h, device=device) / 4, torch.randn(h, device=device) / h**0.5
         self.raw = (w_in, *vectors, torch.zeros(1, device=device))
         self.weights = ops.pack_weights(*self.raw, dtype)
-        self.positions = ops.PositionTable(torch.arange(t, device=device) * 2, rows, columns)
+        layout = grid_layout(VideoGrid(t, rows, columns), 2.0)
+        self.positions = ops.PositionTable.from_layout(layout).on(torch.device(device))
         self.total = t * rows * columns
         self.k = num_retained_tokens(self.total, RETENTION)
         every = torch.arange(self.total, device=device)
-        self.channels = reference.position_digits(every, self.positions).to(dtype)
+        self.channels = reference.kept_channels(every, self.positions, dtype)
 
     def x(self) -> torch.Tensor:
         """The next copy of the tokens."""

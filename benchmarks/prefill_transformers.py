@@ -18,8 +18,9 @@ from prefill_prompt import Prompt, build_prompt, visual_rows
 
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PositionTable
+from score_vllm.layout import grid_layout
 from score_vllm.policy import RetentionPolicy
-from score_vllm.positions import temporal_offsets, unpack_offsets, video_offsets
+from score_vllm.positions import unpack_offsets
 from score_vllm.select import select_retained
 
 SECONDS_PER_CELL = 1.0
@@ -147,7 +148,7 @@ class TransformersEngine:
         if method == "score":
             table = None
             if not self.by_cell:
-                table = PositionTable(torch.from_numpy(temporal_offsets(grid.t, self.t_factor)), grid.h, grid.w)
+                table = PositionTable.from_layout(grid_layout(grid, self.t_factor))
             out = ops.select_rows(x, self.weights, keep, table)
             indices, rows = out.indices, out.buffer[:, :width]
             if table is not None:
@@ -156,7 +157,7 @@ class TransformersEngine:
             kept, _ = select_retained(x, keep, method, policy=self.policy, saliency=self.saliency[number])
             indices, rows = kept.indices, kept.embeddings
             if not self.by_cell:
-                offsets = video_offsets(grid, self.t_factor).to(self.device)[indices]
+                offsets = grid_layout(grid, self.t_factor).vision_offsets().to(self.device)[indices]
         if offsets is not None:
             return indices, rows, (self.bases[number] + offsets).T
         cell, inside = indices // grid.tokens_per_frame, indices % grid.tokens_per_frame

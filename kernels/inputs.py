@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-# Position digits per token: 3 axes (t, h, w) of 3 base-256 digits, low digit first.
-AXES = 3
-DIGITS = 3
+from score_vllm.layout import AXES, DIGITS, VideoLayout
+
+# Position digits per row: 3 axes (t, h, w) of 3 base-256 digits, low digit first.
 POSITION_CHANNELS = AXES * DIGITS
+# The same for the token id + 1 of a text row (0: not text), where a layout has text.
+TEXT_CHANNELS = DIGITS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,31 +107,59 @@ def pack_weights(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionTable:
-    """Where every token of a video stands, in T + 2 numbers; kernels derive the position digits of kept rows.
+    """A video's layout as kernels read it: T + 2 rows of four numbers place any kept token.
 
     Attributes:
-        t_offsets: [T] int64, temporal offset of each cell: ``score_vllm.positions.temporal_offsets``. On the
-            tokens' device where no copy is wanted (under CUDA-graph capture it must be).
+        affine: [T + 2, 4] int64 (slot, t, h, w) of each cell's first token, then what one row down and one column to
+            the right add. On the tokens' device where no copy is wanted (under CUDA-graph capture it must be).
         h: token rows per cell.
         w: token columns per cell; N = h * w.
+        structure: [S, 5] int64 (slot, t, h, w, token id + 1) of the rows that always stay, ascending; id + 1 is 0
+            where the row is a parameter of the model.
+        channels: 9, or 12 where a structure row is text.
     """
 
-    t_offsets: torch.Tensor
+    affine: torch.Tensor
     h: int
     w: int
+    structure: torch.Tensor
+    channels: int = POSITION_CHANNELS
 
     def __post_init__(self) -> None:
-        if self.t_offsets.ndim != 1 or self.t_offsets.dtype != torch.int64:
-            raise ValueError(
-                f"PositionTable.t_offsets must be [T] int64, got {tuple(self.t_offsets.shape)} {self.t_offsets.dtype}"
-            )
+        for name, columns in (("affine", 4), ("structure", 5)):
+            table = getattr(self, name)
+            if table.ndim != 2 or table.shape[1] != columns or table.dtype != torch.int64:
+                raise ValueError(
+                    f"PositionTable.{name} must be [rows, {columns}] int64, got {tuple(table.shape)} {table.dtype}"
+                )
         if self.h < 1 or self.w < 1:
             raise ValueError(f"PositionTable.h and .w must be >= 1, got {self.h} and {self.w}")
 
-    def on(self, device: torch.device) -> torch.Tensor:
-        """``t_offsets`` on a device, without a host sync."""
-        if self.t_offsets.device == device:
-            return self.t_offsets
-        to_gpu = device.type == "cuda" and self.t_offsets.device.type == "cpu"
-        source = self.t_offsets.pin_memory() if to_gpu else self.t_offsets
-        return source.to(device, non_blocking=True)
+    @classmethod
+    def from_layout(cls, layout: VideoLayout) -> PositionTable:
+        """The table of a layout, on the CPU."""
+        affine = torch.from_numpy(np.concatenate([layout.cells, layout.steps]))
+        structure = np.concatenate([layout.slots[:, None], layout.offsets, layout.ids[:, None] + 1], axis=1)
+        channels = POSITION_CHANNELS + (TEXT_CHANNELS if layout.has_text else 0)
+        return cls(affine, layout.grid.h, layout.grid.w, torch.from_numpy(structure), channels)
+
+    @property
+    def num_cells(self) -> int:
+        """T."""
+        return int(self.affine.shape[0]) - 2
+
+    @property
+    def num_structure(self) -> int:
+        """S."""
+        return int(self.structure.shape[0])
+
+    def on(self, device: torch.device) -> PositionTable:
+        """The table on a device, without a host sync."""
+        if self.affine.device == device and (not self.num_structure or self.structure.device == device):
+            return self
+        return replace(self, affine=_upload(self.affine, device), structure=_upload(self.structure, device))
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    pinned = device.type == "cuda" and table.device.type == "cpu" and table.numel()
+    return (table.pin_memory() if pinned else table).to(device, non_blocking=True)

@@ -16,6 +16,8 @@ import torch
 
 from score_vllm.kernels import reference, torch_blocked
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable, pack_weights
+from score_vllm.layout import grid_layout, interleaved_layout
+from score_vllm.types import VideoGrid
 
 __all__ = [
     "BACKENDS",
@@ -43,7 +45,7 @@ class SelectedRows(NamedTuple):
     """What :func:`select_rows` returns.
 
     Attributes:
-        buffer: [K, D + C] in the dtype of the tokens: kept rows, then their channels.
+        buffer: [S + K, W + C] in the dtype of the tokens: kept and structure rows, each followed by its channels.
         indices: [K] int64 flat indices, ascending.
         has_nan: 0-dim bool on the device, True where any score is NaN: the selection is then meaningless.
         scores: [T * N] float32 logits.
@@ -113,6 +115,7 @@ def _check_tokens(x: torch.Tensor) -> None:
 
 
 def _check_weights(x: torch.Tensor, weights: PolicyWeights) -> None:
+    """``x`` is what the policy reads: whole rows, or their first D columns."""
     if weights.hidden_size != x.shape[2]:
         raise ValueError(f"the policy reads D={weights.hidden_size}, x is {tuple(x.shape)}")
     if weights.w_in.dtype != x.dtype or weights.w_in.device != x.device:
@@ -132,9 +135,9 @@ def _check_scores(scores: torch.Tensor, k: int) -> None:
 def _check_channels(x: torch.Tensor, extra: torch.Tensor | PositionTable | None) -> None:
     frames, per_frame, _ = x.shape
     if isinstance(extra, PositionTable):
-        if extra.t_offsets.shape != (frames,) or extra.h * extra.w != per_frame:
+        if extra.num_cells != frames or extra.h * extra.w != per_frame:
             raise ValueError(
-                f"positions are of a {extra.t_offsets.shape[0]} x {extra.h} x {extra.w} grid, x is {tuple(x.shape)}"
+                f"positions are of a {extra.num_cells} x {extra.h} x {extra.w} grid, x is {tuple(x.shape)}"
             )
     elif extra is not None and (extra.ndim != 2 or extra.shape[0] != frames * per_frame):
         raise ValueError(f"channels must be [T * N = {frames * per_frame}, C], got {tuple(extra.shape)}")
@@ -197,18 +200,25 @@ def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gather(
-    x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | PositionTable | None = None
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    channels: torch.Tensor | PositionTable | None = None,
+    *,
+    learned: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Kept rows and their channels. See :func:`score_vllm.kernels.reference.gather`.
+    """Kept rows, channels, structure rows between them. See :func:`score_vllm.kernels.reference.gather`.
 
     Args:
-        x: [T, N, D], any strides; not copied.
-        indices: [K] int64 flat indices in [0, T * N); not checked.
-        channels: [T * N, C] values exact in the dtype of ``x``; a :class:`PositionTable` for the 9 digits of
-            each kept row's (t, h, w); or None.
+        x: [T, N, W], any strides; not copied.
+        indices: [K] int64 flat indices in [0, T * N), ascending where the table has structure rows; not checked.
+        channels: [T * N, C] values exact in the dtype of ``x``; a :class:`PositionTable` for the digits of each
+            row's (t, h, w) (and, where structure rows are text, of its token id + 1); or None.
+        learned: [D <= W] content of structure rows that are no text.
+        rows: [K, D <= W] in place of the first D columns of the kept rows.
 
     Returns:
-        [K, D + C] contiguous, in the dtype of ``x``.
+        [S + K, W + C] contiguous, in the dtype of ``x``, in the order of the unpruned span; S is 0 without a table.
 
     Raises:
         ValueError: a shape does not fit.
@@ -217,59 +227,93 @@ def gather(
     _check_channels(x, channels)
     if indices.ndim != 1 or indices.dtype != torch.int64:
         raise ValueError(f"indices must be [K] int64, got {tuple(indices.shape)} {indices.dtype}")
-    if _choose("gather", x) == "torch":
-        return torch_blocked.gather(x, indices, channels)
+    if rows is not None and (rows.ndim != 2 or len(rows) != len(indices) or rows.shape[1] > x.shape[2]):
+        raise ValueError(f"rows must be [K={len(indices)}, D <= {x.shape[2]}], got {tuple(rows.shape)}")
+    if learned is not None and (learned.ndim != 1 or len(learned) > x.shape[2]):
+        raise ValueError(f"learned must be [D <= {x.shape[2]}], got {tuple(learned.shape)}")
+    return _gather("gather", x, indices, channels, learned, rows)
+
+
+def _gather(
+    operation: str,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    channels: torch.Tensor | PositionTable | None,
+    learned: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if isinstance(channels, PositionTable):
+        channels = channels.on(x.device)
+    if _choose(operation, x) == "torch":
+        return torch_blocked.gather(x, indices, channels, learned, rows)
     from score_vllm.kernels import gather as kernel
 
     with _on(x):
-        return kernel.gather(x, indices, channels)
+        out = kernel.gather(x, indices, channels)
+        torch_blocked.finish(out, x, indices, channels, learned, rows)
+        return out
 
 
 def select_rows(
-    x: torch.Tensor, weights: PolicyWeights, k: int, positions: torch.Tensor | PositionTable | None = None
+    x: torch.Tensor,
+    weights: PolicyWeights,
+    k: int,
+    positions: torch.Tensor | PositionTable | None = None,
+    *,
+    width: int | None = None,
+    learned: torch.Tensor | None = None,
 ) -> SelectedRows:
     """Score, keep the global top K, gather the rows and their positions: the serving path in one call.
 
-    On CUDA this is one memset and six launches (score, three digits, compaction, gather). It can be captured in a
-    CUDA graph after one call of the same dtype and hidden size has compiled the kernels.
+    On CUDA this is one memset and six launches (score, three digits, compaction, gather); structure rows add a few. It
+    can be captured in a CUDA graph after one call of the same dtype and hidden size has compiled the kernels.
 
     Args:
-        x: [T, N, D] bf16, fp16 or fp32, any strides; not copied.
+        x: [T, N, W] bf16, fp16 or fp32, any strides; not copied.
         weights: from :func:`pack_weights`, in the dtype of ``x``, on its device.
         k: K in [1, T * N], from :func:`score_vllm.budget.num_retained_tokens`.
         positions: as ``channels`` of :func:`gather`.
+        width: D <= W, columns that the policy reads; the rest only travels with the kept rows. None: all.
+        learned: as in :func:`gather`.
 
     Returns:
-        :class:`SelectedRows`: ``buffer`` [K, D + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
+        :class:`SelectedRows`: ``buffer`` [S + K, W + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
 
     Raises:
         ValueError: a shape, dtype, device or ``k`` does not fit.
     """
     _check_tokens(x)
-    _check_weights(x, weights)
+    read = x if width is None else x[..., :width]
+    _check_weights(read, weights)
     _check_channels(x, positions)
     if not 1 <= k <= x.shape[0] * x.shape[1]:
         raise ValueError(f"k must be in [1, {x.shape[0] * x.shape[1]}], got {k}")
     with torch.no_grad():
         if _choose("select_rows", x) == "torch":
-            scores = torch_blocked.score(x, weights)
+            scores = torch_blocked.score(read, weights)
             indices, has_nan = reference.topk(scores, k)
-            return SelectedRows(torch_blocked.gather(x, indices, positions), indices, has_nan, scores)
-        from score_vllm.kernels import gather as gather_kernel
-        from score_vllm.kernels import score as score_kernel
-        from score_vllm.kernels import topk as topk_kernel
+        else:
+            from score_vllm.kernels import score as score_kernel
+            from score_vllm.kernels import topk as topk_kernel
 
-        with _on(x):
-            indices, has_nan, scores = topk_kernel.select(score_kernel.score_partials(x, weights), k)
-            return SelectedRows(gather_kernel.gather(x, indices, positions), indices, has_nan, scores)
+            with _on(x):
+                indices, has_nan, scores = topk_kernel.select(score_kernel.score_partials(read, weights), k)
+        return SelectedRows(_gather("select_rows", x, indices, positions, learned), indices, has_nan, scores)
 
 
-def warm_up(weights: PolicyWeights) -> None:
+def warm_up(weights: PolicyWeights, row_width: int | None = None) -> None:
     """Compile what :func:`select_rows` will launch for these weights, so that no request waits for the compiler.
 
-    The kernels depend on dtype, D, H and device, not on the video's size; one tiny video compiles them all.
+    The kernels depend on dtype, D, W, H and device, not on the video's size; one tiny video compiles them all, once
+    without and once with text among its structure rows.
     Tokens that are not whole 16-byte aligned rows use a second variant, compiled when they first appear.
+
+    Args:
+        weights: of the policy.
+        row_width: W, columns of a row; None: D.
     """
-    x = torch.zeros(2, 1, weights.hidden_size, dtype=weights.w_in.dtype, device=weights.w_in.device)
-    table = PositionTable(torch.zeros(2, dtype=torch.int64, device=x.device), 1, 1)
-    select_rows(x, weights, 1, table)
+    width = weights.hidden_size
+    x = torch.zeros(2, 1, row_width or width, dtype=weights.w_in.dtype, device=weights.w_in.device)
+    grid = VideoGrid(2, 1, 1)
+    for layout in (grid_layout(grid, 1.0), interleaved_layout(grid, [[0], [0]], [[], []])):
+        select_rows(x, weights, 1, PositionTable.from_layout(layout), width=width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from score_vllm.kernels.inputs import DIGITS, POSITION_CHANNELS, PositionTable
+from score_vllm.kernels.inputs import DIGITS, PositionTable
 
 
 def residual(x: torch.Tensor) -> torch.Tensor:
@@ -79,20 +79,27 @@ def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.sort(order[:k]).values, nan.any()
 
 
-def position_digits(indices: torch.Tensor, table: PositionTable) -> torch.Tensor:
-    """Offsets (t, h, w) of kept tokens from the video's base position, as base-256 digits, low digit first.
+def places(indices: torch.Tensor, table: PositionTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and offsets of kept tokens in the unpruned span.
 
     Args:
         indices: [K] int64 flat indices.
         table: of the video.
 
     Returns:
-        [K, 9] int64 in [0, 256): ``positions.pack_offsets(positions.video_offsets(...))`` of these tokens.
+        ``(slots, offsets)``: [K] and [K, 3] int64.
     """
-    t, n = indices // (table.h * table.w), indices % (table.h * table.w)
-    offsets = torch.stack([table.on(indices.device)[t], n // table.w, n % table.w], dim=-1)  # [K, 3]
-    shifts = 8 * torch.arange(DIGITS, device=indices.device)
-    return ((offsets[:, :, None] >> shifts) & 0xFF).reshape(-1, POSITION_CHANNELS)
+    affine = table.on(indices.device).affine
+    n = indices % (table.h * table.w)
+    row, column = (n // table.w)[:, None], (n % table.w)[:, None]
+    placed = affine[indices // (table.h * table.w)] + row * affine[-2] + column * affine[-1]
+    return placed[:, 0], placed[:, 1:]
+
+
+def digits(values: torch.Tensor) -> torch.Tensor:
+    """Whole numbers [R, A] in [0, 2^24) as base-256 digits [R, 3 A], low digit first."""
+    shifts = 8 * torch.arange(DIGITS, device=values.device)
+    return ((values[:, :, None] >> shifts) & 0xFF).flatten(1)
 
 
 def kept_channels(
@@ -101,23 +108,61 @@ def kept_channels(
     """[K, C] of ``dtype``: the channels that :func:`gather` appends to the rows at ``indices``, or None."""
     if extra is None:
         return None
-    values = position_digits(indices, extra) if isinstance(extra, PositionTable) else extra[indices]
-    return values.to(dtype)
+    if not isinstance(extra, PositionTable):
+        return extra[indices].to(dtype)
+    position = digits(places(indices, extra)[1])
+    return F.pad(position, (0, extra.channels - position.shape[1])).to(dtype)
+
+
+def structure_rows(
+    table: PositionTable, width: int, dtype: torch.dtype, device: torch.device, learned: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows that always stay, with their channels.
+
+    Args:
+        table: of the video.
+        width: columns of a row, channels not counted.
+        dtype, device: of the result.
+        learned: [D <= width] stands in the first columns of every row that is no text; all else is zero.
+
+    Returns:
+        [S, width + C].
+    """
+    structure = table.on(device).structure
+    out = torch.zeros(len(structure), width + table.channels, dtype=dtype, device=device)
+    if learned is not None:
+        out[:, : len(learned)] = learned.to(dtype) * (structure[:, 4:] == 0)
+    out[:, width:] = digits(structure[:, 1:])[:, : table.channels].to(dtype)
+    return out
 
 
 def gather(
-    x: torch.Tensor, indices: torch.Tensor, channels: torch.Tensor | PositionTable | None = None
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    channels: torch.Tensor | PositionTable | None = None,
+    learned: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Kept rows, with their position channels appended where given.
+    """Kept rows, with their position channels appended and structure rows between them where given.
 
     Args:
-        x: [T, N, D].
-        indices: [K] int64 flat indices.
-        channels: [T * N, C] values exact in the dtype of ``x``; a table to derive 9 position digits from; or None.
+        x: [T, N, W].
+        indices: [K] int64 flat indices; ascending where the table has structure rows.
+        channels: [T * N, C] values exact in the dtype of ``x``; a table; or None.
+        learned: see :func:`structure_rows`.
+        rows: [K, D <= W] in place of the first D columns of the kept rows: what a merging method made of them.
 
     Returns:
-        [K, D] or [K, D + C] in the dtype of ``x``.
+        [K, W], [K, W + C] or [S + K, W + C] in the dtype of ``x``, in the order of the unpruned span.
     """
-    rows = x.reshape(-1, x.shape[-1])[indices]
+    kept = x.reshape(-1, x.shape[-1])[indices]
+    if rows is not None:
+        kept = torch.cat([rows, kept[:, rows.shape[1] :]], dim=1)
     values = kept_channels(indices, channels, x.dtype)
-    return rows if values is None else torch.cat([rows, values], dim=1)
+    if values is not None:
+        kept = torch.cat([kept, values], dim=1)
+    if not isinstance(channels, PositionTable) or not channels.num_structure:
+        return kept
+    structure = structure_rows(channels, x.shape[-1], x.dtype, x.device, learned)
+    slots = torch.cat([channels.on(x.device).structure[:, 0], places(indices, channels)[0]])
+    return torch.cat([structure, kept])[slots.argsort()]

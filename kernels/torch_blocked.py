@@ -79,15 +79,59 @@ def _residual_into(out: torch.Tensor, x: torch.Tensor, t0: int, t1: int) -> None
         out.copy_(current - previous)
 
 
-def gather(x: torch.Tensor, indices: torch.Tensor, extra: torch.Tensor | PositionTable | None) -> torch.Tensor:
+def gather(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    extra: torch.Tensor | PositionTable | None,
+    learned: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Rows of ``x`` with their extra channels, without a copy of ``x``. See :func:`reference.gather`."""
-    _, per_frame, d = x.shape
+    _, per_frame, width = x.shape
     kept = indices.shape[0]
     values = reference.kept_channels(indices, extra, x.dtype)
-    out = torch.empty(kept, d + (0 if values is None else values.shape[1]), dtype=x.dtype, device=x.device)
+    channels = 0 if values is None else values.shape[1]
+    out = torch.empty(kept + num_structure(extra), width + channels, dtype=x.dtype, device=x.device)
+    target = kept_places(indices, extra)
     for start in range(0, kept, _MIN_BLOCK_TOKENS):
-        some = indices[start : start + _MIN_BLOCK_TOKENS]
-        out[start : start + _MIN_BLOCK_TOKENS, :d] = x[some // per_frame, some % per_frame]
+        block = slice(start, start + _MIN_BLOCK_TOKENS)
+        out[target[block], :width] = x[indices[block] // per_frame, indices[block] % per_frame]
     if values is not None:
-        out[:, d:] = values
+        out[target, width:] = values
+    finish(out, x, indices, extra, learned, rows)
     return out
+
+
+def num_structure(extra: torch.Tensor | PositionTable | None) -> int:
+    """S, the rows that :func:`gather` adds to the kept ones."""
+    return extra.num_structure if isinstance(extra, PositionTable) else 0
+
+
+def kept_places(indices: torch.Tensor, extra: torch.Tensor | PositionTable | None) -> torch.Tensor:
+    """[K] int64: the row of the result in which each kept token stands.
+
+    A token's slot minus its index is the number of structure rows before it; its rank, of kept ones.
+    """
+    rank = torch.arange(indices.shape[0], device=indices.device)
+    if not isinstance(extra, PositionTable) or not extra.num_structure:
+        return rank
+    return rank + reference.places(indices, extra)[0] - indices
+
+
+def finish(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    extra: torch.Tensor | PositionTable | None,
+    learned: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> None:
+    """Write structure rows and merged rows into the result of a gather; does nothing where there are none."""
+    if isinstance(extra, PositionTable) and extra.num_structure:
+        slots = extra.on(x.device).structure[:, 0]
+        rank = torch.arange(len(slots), device=x.device)
+        # A structure row's slot minus its rank is the number of vision tokens before it.
+        place = rank + torch.searchsorted(indices, slots - rank)
+        out[place] = reference.structure_rows(extra, x.shape[2], x.dtype, x.device, learned)
+    if rows is not None:
+        out[kept_places(indices, extra), : rows.shape[1]] = rows

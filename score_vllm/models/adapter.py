@@ -1,13 +1,15 @@
-"""What every model family shares: vLLM's model contract, bent to K tokens per video.
+"""What every model family shares: vLLM's model contract, bent to the kept tokens of a video.
 
 How a compressed video passes through vLLM:
 
-1. the processor (:mod:`score_vllm.models.processing`) writes K placeholders, K = ``num_retained_tokens(T * N,
-   ratio)``, before the vision tower runs;
-2. ``embed_multimodal`` encodes one video at a time, selects K tokens, and appends to each row the offset of its
-   position from the video's base as base-256 digits (exact in bf16);
+1. the processor (:mod:`score_vllm.models.processing`) works out the video's span (:mod:`score_vllm.layout`) and writes
+   S + K placeholders, S structure tokens and K = ``num_retained_tokens(T * N, ratio)``, before the vision tower runs;
+2. ``embed_multimodal`` encodes one video at a time, selects K tokens, and emits S + K rows in the order of the unpruned
+   span. To each row it appends the offset of its position from the video's base as base-256 digits (exact in bf16),
+   and, where structure is text, its token id;
 3. ``get_mrope_input_positions`` gives exact positions to all text and images, and the base to every video slot;
-4. ``embed_input_ids`` strips the digits and keeps the decoded offsets; ``forward`` adds them to the positions.
+4. ``embed_input_ids`` strips the digits, puts text rows in, and keeps the decoded offsets; ``forward`` adds them to the
+   positions.
 
 Step 4 depends on no state of the request, so prefix-cache hits, chunk boundaries inside a video, several videos
 and images beside them need no repair, and vLLM's own pruning switch, with its hooks in the runners, stays off.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,20 +32,12 @@ from score_vllm import methods
 from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
-from score_vllm.models.processing import grid_of, temporal_factor
+from score_vllm.layout import AXES, VideoLayout
+from score_vllm.models.processing import LAYOUT_KEY, METHOD_INDEX_KEY, NUM_RETAINED_KEY
 from score_vllm.models.timing import STATS_VARIABLE, CompressorTimer
 from score_vllm.policy import RetentionPolicy
-from score_vllm.positions import (
-    POSITION_CHANNELS,
-    VisualSpan,
-    pack_offsets,
-    prompt_positions,
-    temporal_offsets,
-    unpack_offsets,
-    video_offsets,
-)
+from score_vllm.positions import POSITION_CHANNELS, VisualSpan, prompt_positions, unpack_offsets
 from score_vllm.select import select_retained
-from score_vllm.types import VideoGrid
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +74,10 @@ class VideoCompressor:
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
                 )
 
-    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+    def prepare(self, dtype: torch.dtype, device: torch.device, row_width: int) -> None:
         """Compile the kernels at start-up, so that no request waits for it."""
         if self.policy is not None and device.type == "cuda":
-            ops.warm_up(self._policy_weights(dtype, device))
+            ops.warm_up(self._policy_weights(dtype, device), row_width)
 
     def _policy_weights(self, dtype: torch.dtype, device: torch.device) -> PolicyWeights:
         """The policy in the dtype and on the device of the tokens, cast once."""
@@ -109,36 +103,38 @@ class VideoCompressor:
     def compress(
         self,
         x: torch.Tensor,
-        grid: VideoGrid,
-        t_factor: float,
+        layout: VideoLayout,
         num_retained: int,
         method: str,
         saliency: torch.Tensor | None = None,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Keep K tokens of a video and append their position channels.
+        """Keep K tokens of a video and append their channels, its structure rows between them.
 
         Args:
-            x: [T * N, D] output of the vision tower's merger.
-            grid: T, rows, columns.
-            t_factor: positions per temporal cell.
+            x: [T * N, W] output of the vision tower's merger; methods read the first D columns, the rest (deepstack
+                levels) travels with the kept rows.
+            layout: of the video.
             num_retained: K.
             method: one of the serving configuration's methods.
             saliency: [T, N] for the methods that need one.
+            learned: [D] content of structure rows that are no text.
 
         Returns:
-            [K, D + 9] in the dtype of ``x``.
+            [S + K, W + 9 or 12] in the dtype of ``x``.
         """
         with self.timer.measure(x.device):
-            video = x.view(grid.t, grid.tokens_per_frame, x.shape[-1])
+            video = x.view(layout.grid.t, layout.grid.tokens_per_frame, x.shape[-1])
+            table = PositionTable.from_layout(layout)
             if method == "score":
-                table = PositionTable(torch.from_numpy(temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
-                out = ops.select_rows(video, self._policy_weights(x.dtype, x.device), num_retained, table)
+                weights = self._policy_weights(x.dtype, x.device)
+                out = ops.select_rows(video, weights, num_retained, table, width=self.hidden_size, learned=learned)
                 self._count_nan(out.has_nan)
                 return out.buffer
-            kept, has_nan = select_retained(video, num_retained, method, saliency=saliency)
+            read = video[..., : self.hidden_size]
+            kept, has_nan = select_retained(read, num_retained, method, saliency=saliency)
             self._count_nan(has_nan)
-            offsets = video_offsets(grid, t_factor).to(x.device, non_blocking=True)[kept.indices]
-            return torch.cat([kept.embeddings, pack_offsets(offsets, x.dtype)], dim=1)
+            return ops.gather(video, kept.indices, table, learned=learned, rows=kept.embeddings)
 
 
 def load_policy(directory: str, hidden_size: int) -> RetentionPolicy:
@@ -200,6 +196,21 @@ class CompressionModelMixin:
     compressor: VideoCompressor | None = None
     _position_offsets: torch.Tensor
 
+    @property
+    def row_width(self) -> int:
+        """Columns of a visual row: D, or more where levels of the tower travel with it."""
+        assert self.compressor is not None
+        return self.compressor.hidden_size
+
+    @property
+    def learned_row(self) -> torch.Tensor | None:
+        """[D] content of structure rows that are a parameter of the model."""
+        return None
+
+    def image_layout(self, data: Mapping[str, Any], length: int) -> VideoLayout:
+        """Positions of an image of ``length`` slots, from its fields."""
+        raise NotImplementedError
+
     def _setup_compression(self, vllm_config: VllmConfig) -> None:
         serving = ServingConfig.from_hf_config(vllm_config.model_config.hf_config)
         if serving is None:
@@ -210,7 +221,7 @@ class CompressionModelMixin:
         object.__setattr__(self, "compressor", VideoCompressor(serving, hidden_size))
         assert self.compressor is not None
         device = vllm_config.device_config.device
-        self.compressor.prepare(vllm_config.model_config.dtype, device)
+        self.compressor.prepare(vllm_config.model_config.dtype, device, self.row_width)
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(scheduler.max_num_batched_tokens, captured)
@@ -222,16 +233,34 @@ class CompressionModelMixin:
 
     def prompt_spans(self, mm_features: Sequence[Any]) -> list[VisualSpan]:
         """Images and videos of a prompt in order, from vLLM's feature specs."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        merge_size = config.vision_config.spatial_merge_size
-        tokens_per_second = float(getattr(config.vision_config, "tokens_per_second", 1.0))
         spans = []
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
-            place, is_video = feature.mm_position, feature.modality == "video"
-            grid = grid_of(feature.data[f"{feature.modality}_grid_thw"].data, merge_size)
-            t_factor = temporal_factor(feature.data, tokens_per_second) if is_video else 1.0
-            spans.append(VisualSpan(place.offset, place.length, grid, t_factor, offsets_travel=is_video))
+            start, length = feature.mm_position.offset, feature.mm_position.length
+            if feature.modality == "video":
+                layout = VideoLayout.from_tensor(feature.data[LAYOUT_KEY].data)
+                spans.append(VisualSpan(start, length, layout.extent))
+            else:
+                spans.append(VisualSpan.unpruned(start, self.image_layout(feature.data, length)))
         return spans
+
+    def compress_videos(
+        self, fields: Mapping[str, Any], encoded: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> tuple[torch.Tensor, ...]:
+        """[S + K, W + channels] rows of each video.
+
+        Args:
+            fields: what the processor wrote of the videos.
+            encoded: per video its rows [T * N, W] and saliency; an iterator, so that one exists at a time.
+        """
+        assert self.compressor is not None
+        methods_of = self.compressor.serving.methods
+        outputs = []
+        for (x, saliency), packed, kept, index in zip(
+            encoded, fields[LAYOUT_KEY], fields[NUM_RETAINED_KEY], fields[METHOD_INDEX_KEY], strict=True
+        ):
+            layout, method = VideoLayout.from_tensor(packed), methods_of[int(index)]
+            outputs.append(self.compressor.compress(x, layout, int(kept), method, saliency, self.learned_row))
+        return tuple(outputs)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """[3, len(input_tokens)] positions and the decode delta; see :func:`score_vllm.positions.prompt_positions`."""
@@ -254,16 +283,40 @@ class CompressionModelMixin:
                 self._offset_rows = 0
             if multimodal_embeddings is not None and len(multimodal_embeddings):
                 assert is_multimodal is not None
-                width = self.compressor.hidden_size
-                rows = len(is_multimodal)
-                self._position_offsets[:rows][is_multimodal] = torch.cat(
-                    [_row_offsets(item, width) for item in multimodal_embeddings]
-                )
-                self._offset_rows = rows
-                multimodal_embeddings = [item[:, :width] for item in multimodal_embeddings]
+                self._offset_rows = len(is_multimodal)
+                multimodal_embeddings = self._unpack_rows(input_ids, multimodal_embeddings, is_multimodal)
         return super().embed_input_ids(  # type: ignore[misc]
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
+
+    def _unpack_rows(
+        self, input_ids: torch.Tensor, items: Sequence[torch.Tensor], is_multimodal: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Rows without their channels, text rows embedded; the offsets go to their slots. No host sync.
+
+        Args:
+            input_ids: [N] of the step.
+            items: rows of each image or video in the step, [M_i, W] or [M_i, W + channels].
+            is_multimodal: [N] bool, true in M places.
+
+        Returns:
+            [M_i, W] each.
+        """
+        width = self.row_width
+        channels = torch.cat([_channels(item, width) for item in items])
+        slots = torch.nonzero_static(is_multimodal, size=len(channels))[:, 0]
+        self._position_offsets.index_copy_(0, slots, channels[:, :AXES])
+        rows = [item[:, :width] for item in items]
+        if all(item.shape[1] <= width + POSITION_CHANNELS for item in items):
+            return rows
+        # The language model's own embeddings, looked up where its text is: adapters and shards need no care here.
+        text = channels[:, AXES]
+        ids = input_ids.index_copy(0, slots, torch.where(text > 0, text - 1, input_ids[slots]).to(input_ids.dtype))
+        embedded = self.get_language_model().embed_input_ids(ids)[slots]  # type: ignore[attr-defined]
+        whole = torch.cat(rows)
+        hidden = embedded.shape[1]
+        merged = torch.where((text > 0)[:, None], embedded, whole[:, :hidden])
+        return list(torch.cat([merged, whole[:, hidden:]], dim=1).split([len(item) for item in items]))
 
     def forward(
         self,
@@ -282,11 +335,10 @@ class CompressionModelMixin:
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
 
-def _row_offsets(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """[rows, 3] int64: what video rows carry; zeros for images, whose positions are exact already."""
-    if rows.shape[-1] == width:
-        return torch.zeros(rows.shape[0], 3, dtype=torch.int64, device=rows.device)
-    return unpack_offsets(rows[:, width : width + POSITION_CHANNELS])
+def _channels(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, 4] int64 (t, h, w, token id + 1): what video rows carry; zeros for images, whose positions are exact."""
+    unpacked = unpack_offsets(rows[:, width:])
+    return torch.nn.functional.pad(unpacked, (0, AXES + 1 - unpacked.shape[1]))
 
 
 def _capturing(positions: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
-from score_vllm.models.processing import grid_of
+from score_vllm.models.processing import LAYOUT_KEY
 
 
 class EncodedTokensCacheManager(EncoderCacheManager):
@@ -25,12 +25,10 @@ class EncodedTokensCacheManager(EncoderCacheManager):
 
     Args:
         cache_size: rows of the cache.
-        merge_size: patches per token and axis.
     """
 
-    def __init__(self, cache_size: int, merge_size: int) -> None:
+    def __init__(self, cache_size: int) -> None:
         super().__init__(cache_size)
-        self._merge_size = merge_size
         # What encoding costs beyond the kept tokens, which vLLM charges itself: of videos scheduled in this step, and
         # of videos of the request in hand, which may yet be turned down.
         self._scheduled: dict[tuple[str, int], int] = {}
@@ -39,16 +37,15 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: Any) -> EncodedTokensCacheManager:
         """vLLM's door."""
-        vision = getattr(vllm_config.model_config.hf_config, "vision_config", None)
-        return cls(cache_size, int(getattr(vision, "spatial_merge_size", 1)))
+        return cls(cache_size)
 
     def _surcharge(self, request: Request, input_id: int) -> int:
         """Encoded minus kept tokens; 0 for images, for precomputed embeddings, and where the scheduler does not see the
         pixels (vLLM's shared-memory cache)."""
         feature = request.mm_features[input_id]
-        if feature.data is None or "pixel_values_videos" not in feature.data:
+        if feature.data is None or "pixel_values_videos" not in feature.data or LAYOUT_KEY not in feature.data:
             return 0
-        encoded = grid_of(feature.data["video_grid_thw"].data, self._merge_size).num_tokens
+        encoded = int(feature.data[LAYOUT_KEY].data[:3].prod())
         return max(0, encoded - request.get_num_encoder_embeds(input_id))
 
     def can_allocate(

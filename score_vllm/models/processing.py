@@ -1,4 +1,7 @@
-"""The processor's half of the adapter: K placeholders per video, cache identities, and the report of what was done."""
+"""The processor's half of the adapter: the span of each video, cache identities, and the report of what was done.
+
+A family's processor adds :meth:`CompressionProcessorMixin.video_layouts`; all else is shared.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from score_vllm.budget import check_retention_ratio, num_retained_tokens
 from score_vllm.config import ServingConfig
+from score_vllm.layout import LEARNED, VideoLayout
 from score_vllm.policy import RetentionPolicy
-from score_vllm.positions import position_extent
 from score_vllm.types import VideoGrid
 
 # What a request may say, among vLLM's ``mm_processor_kwargs``.
@@ -25,13 +28,12 @@ METHOD_KEY = "retention_method"
 # The same, resolved to one spec per video, on its way through the processor. It goes no further: vLLM would load a
 # Hugging Face processor for every distinct value.
 SPECS_KEY = "score_specs"
-# Per video, on its way to the worker: K, and the method as an index into ``ServingConfig.methods``.
+# Per video, on its way to the worker: its :meth:`VideoLayout.to_tensor`, K, and the method as an index into
+# ``ServingConfig.methods``. They stay on the CPU, where the scheduler keeps them for prompts that hit the prefix cache.
+LAYOUT_KEY = "score_layout"
 NUM_RETAINED_KEY = "score_num_retained"
 METHOD_INDEX_KEY = "score_method_index"
 REPORT_KEY = "score"
-
-# Rotary tables of vLLM's M-RoPE models hold this many times max_position_embeddings.
-_ROTARY_TABLE_FACTOR = 4
 
 
 class RequestFieldError(VLLMValidationError, ValueError):
@@ -49,12 +51,6 @@ class VideoSpec:
     method: str
 
 
-def grid_of(grid_thw: torch.Tensor, merge_size: int) -> VideoGrid:
-    """Token grid after the merger, from a [3] patch grid."""
-    t, h, w = (int(value) for value in grid_thw)
-    return VideoGrid(t, h // merge_size, w // merge_size)
-
-
 @dataclass(frozen=True, slots=True)
 class VideoReport:
     """What happened to one video; becomes an entry of the response's ``score.videos``."""
@@ -63,6 +59,7 @@ class VideoReport:
     retained_tokens: int
     spec: VideoSpec
     position_extent: int
+    structure_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -70,13 +67,14 @@ class VideoReport:
             "grid": [self.grid.t, self.grid.h, self.grid.w],
             "original_tokens": self.grid.num_tokens,
             "retained_tokens": self.retained_tokens,
+            "structure_tokens": self.structure_tokens,
             "retention_ratio": self.spec.retention_ratio,
         }
 
 
 @dataclass
 class _CompressedPlaceholder(PromptUpdateDetails):
-    """K placeholder tokens, with the report that vLLM's processor cache must keep beside them."""
+    """The tokens of a video's span, with the report that vLLM's processor cache must keep beside them."""
 
     report: VideoReport | None = None
 
@@ -88,16 +86,21 @@ _reports: ContextVar[list[VideoReport]] = ContextVar("score_video_reports")
 class CompressionProcessorMixin:
     """Put before a family's multimodal processor; inert where no serving configuration is present."""
 
+    # vLLM's rotary table of this family holds this many times max_position_embeddings.
+    rotary_table_factor = 4
+
+    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
+        """The span of each video in the output of the family's Hugging Face processor; empty where it has none."""
+        raise NotImplementedError
+
     def _setup_compression(self, video_token: str) -> None:
         info: Any = self.info  # type: ignore[attr-defined]
         config = info.get_hf_config()
         self.serving = ServingConfig.from_hf_config(config)
         self._video_token_id = info.get_tokenizer().get_vocab()[video_token]
-        self._merge_size = config.vision_config.spatial_merge_size
-        self._tokens_per_second = float(getattr(config.vision_config, "tokens_per_second", 1.0))
         model_config = info.ctx.model_config
         self._max_length = model_config.max_model_len
-        self._max_position = model_config.hf_text_config.max_position_embeddings * _ROTARY_TABLE_FACTOR
+        self._max_position = model_config.hf_text_config.max_position_embeddings * self.rotary_table_factor
         if self.serving is not None and self.serving.policy is not None and not self.serving.policy_digest:
             # Outside score-serve nobody has worked it out; two policies must never share a cache entry.
             digest = RetentionPolicy.from_pretrained(self.serving.policy).digest()
@@ -193,9 +196,10 @@ class CompressionProcessorMixin:
             if self.serving is None or error.__cause__ is None:
                 raise
             raise ValueError(f"the model's processor refused a video or image: {error.__cause__}") from error
-        if self.serving is not None and "video_grid_thw" in data:
-            grids = [grid_of(thw, self._merge_size) for thw in data["video_grid_thw"]]
-            kept = [num_retained_tokens(g.num_tokens, s.retention_ratio) for g, s in zip(grids, specs, strict=True)]
+        if self.serving is not None and (layouts := self.video_layouts(data)):
+            pairs = zip(layouts, specs, strict=True)
+            kept = [num_retained_tokens(layout.grid.num_tokens, spec.retention_ratio) for layout, spec in pairs]
+            data[LAYOUT_KEY] = [layout.to_tensor() for layout in layouts]
             data[NUM_RETAINED_KEY] = torch.tensor(kept, dtype=torch.int64)
             known = self.serving.methods
             data[METHOD_INDEX_KEY] = torch.tensor([known.index(s.method) for s in specs], dtype=torch.int64)
@@ -205,7 +209,7 @@ class CompressionProcessorMixin:
         _, clean = _split_specs(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, clean))  # type: ignore[misc]
         if self.serving is not None:
-            for key in (NUM_RETAINED_KEY, METHOD_INDEX_KEY):
+            for key in (LAYOUT_KEY, NUM_RETAINED_KEY, METHOD_INDEX_KEY):
                 fields[key] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
         return fields
 
@@ -217,17 +221,16 @@ class CompressionProcessorMixin:
 
         def placeholders(item_idx: int) -> _CompressedPlaceholder:
             item = out_mm_kwargs["video"][item_idx]
-            report = self._report(item, specs[item_idx])
-            return _CompressedPlaceholder(full=[self._video_token_id] * report.retained_tokens, report=report)
+            layout = VideoLayout.from_tensor(item[LAYOUT_KEY].data)
+            kept = int(item[NUM_RETAINED_KEY].data)
+            report = VideoReport(layout.grid, kept, specs[item_idx], layout.extent, layout.structure_tokens)
+            # Which vision rows stand between the structure rows is known only after the tower: the ids of the span are
+            # right as a multiset, not in order. Nothing reads them but the embedding, which overwrites them.
+            structure = [self._video_token_id if token == LEARNED else int(token) for token in layout.ids]
+            return _CompressedPlaceholder(full=structure + [self._video_token_id] * kept, report=report)
 
         video = PromptReplacement(modality="video", target=[self._video_token_id], replacement=placeholders)
         return [update for update in updates if update.modality != "video"] + [video]
-
-    def _report(self, item: Any, spec: VideoSpec) -> VideoReport:
-        grid = grid_of(item["video_grid_thw"].data, self._merge_size)
-        retained = int(item[NUM_RETAINED_KEY].data)
-        extent = position_extent(grid, temporal_factor(item, self._tokens_per_second))
-        return VideoReport(grid, retained, spec, extent)
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         if self.serving is not None:
@@ -266,9 +269,3 @@ def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict
     """Our key apart from what belongs to the model's own processor."""
     clean = dict(kwargs)
     return clean.pop(SPECS_KEY, ()), clean
-
-
-def temporal_factor(item: Mapping[str, Any], tokens_per_second: float) -> float:
-    """Positions per temporal cell of one video item: seconds per cell times tokens per second."""
-    seconds = item.get("second_per_grid_ts")
-    return (1.0 if seconds is None else float(seconds.data)) * tokens_per_second

@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from score_vllm import RetentionPolicy, VideoGrid, positions, select_tokens
+from score_vllm import RetentionPolicy, VideoGrid, select_tokens
 from score_vllm.kernels import ops, reference, torch_blocked
+from score_vllm.layout import grid_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +81,7 @@ def test_no_host_sync(device):
     grid = VideoGrid(9, 16, 20)
     x = torch.randn(grid.t, grid.tokens_per_frame, D, device=device).to(torch.bfloat16)
     weights = policy_weights(device)
-    table = ops.PositionTable(torch.from_numpy(positions.temporal_offsets(grid.t, 2.0)), grid.h, grid.w)
+    table = ops.PositionTable.from_layout(grid_layout(grid, 2.0))
     ops.select_rows(x, weights, 288, table)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -97,8 +98,7 @@ def test_cuda_graph_replays_on_new_tokens(device):
     grid = VideoGrid(12, 14, 18)
     shape = (grid.t, grid.tokens_per_frame, D)
     weights = policy_weights(device)
-    offsets = torch.from_numpy(positions.temporal_offsets(grid.t, 2.0)).to(device)
-    table = ops.PositionTable(offsets, grid.h, grid.w)
+    table = ops.PositionTable.from_layout(grid_layout(grid, 2.0)).on(device)
     x = torch.randn(shape, device=device).to(torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -125,7 +125,7 @@ def test_cuda_graph_replays_on_new_tokens(device):
 def test_memory_beyond_outputs_is_under_a_twentieth_of_x(device):
     x = torch.randn(36, 1183, D, device=device, dtype=torch.bfloat16)
     weights = policy_weights(device)
-    table = ops.PositionTable(torch.arange(36, device=device), 7, 169)
+    table = ops.PositionTable.from_layout(grid_layout(VideoGrid(36, 7, 169), 1.0)).on(device)
     ops.select_rows(x, weights, 4258, table)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

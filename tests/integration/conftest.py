@@ -33,7 +33,7 @@ class Engine:
     """The engine and what passed through its compressor."""
 
     llm: Any
-    compressed: list[tuple[torch.Tensor, Any, float, int]] = field(default_factory=list)
+    compressed: list[tuple[torch.Tensor, Any, int]] = field(default_factory=list)
     saliency: list[torch.Tensor] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
@@ -75,11 +75,11 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Engine]:
     inner_forward = model.language_model.model.forward
 
     def spy_compress(
-        x: torch.Tensor, grid: Any, t_factor: float, num_retained: int, method: str, saliency: torch.Tensor
+        x: torch.Tensor, layout: Any, num_retained: int, method: str, saliency: torch.Tensor, learned: Any
     ) -> torch.Tensor:
-        made.compressed.append((x.clone(), grid, t_factor, num_retained))
+        made.compressed.append((x.clone(), layout, num_retained))
         made.saliency.append(saliency.clone())
-        return compress(x, grid, t_factor, num_retained, method, saliency)
+        return compress(x, layout, num_retained, method, saliency, learned)
 
     def spy_image(image_input: Any) -> Any:
         out = process_image(image_input)

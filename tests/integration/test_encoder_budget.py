@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,19 +13,20 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
-from score_vllm import num_retained_tokens
+from score_vllm import VideoGrid, num_retained_tokens
+from score_vllm.layout import grid_layout
 from score_vllm.models.encoder_budget import EncodedTokensCacheManager
+from score_vllm.models.processing import LAYOUT_KEY
 from tests.integration.conftest import Engine, make_video
 
-MERGE = 2
 BUDGET = 100
 
 
 def feature(name: str, cells: int, ratio: float, key: str = "pixel_values_videos") -> SimpleNamespace:
     """What the scheduler sees of a video of ``cells`` tokens."""
-    grid = SimpleNamespace(data=torch.tensor([cells, MERGE, MERGE]))
+    layout = SimpleNamespace(data=grid_layout(VideoGrid(cells, 1, 1), 1.0).to_tensor())
     kept = num_retained_tokens(cells, ratio)
-    data = {key: SimpleNamespace(data=None), "video_grid_thw": grid}
+    data = {key: SimpleNamespace(data=None), LAYOUT_KEY: layout}
     position = SimpleNamespace(get_num_embeds=lambda: kept)
     return SimpleNamespace(data=data, identifier=name, mm_position=position)
 
@@ -63,7 +63,7 @@ def schedule(manager: EncoderCacheManager, requests: list[Any]) -> list[str]:
 )
 def test_no_step_encodes_more_than_its_budget_and_all_are_encoded(sizes: list[list[int]], ratio: float) -> None:
     """Except by its first video, which may be larger than the budget; nobody waits for ever."""
-    manager = EncodedTokensCacheManager(10**6, MERGE)
+    manager = EncodedTokensCacheManager(10**6)
     cells = {f"{r}-{i}": n for r, videos in enumerate(sizes) for i, n in enumerate(videos) if ratio < 1 or n <= BUDGET}
     requests = [
         request(str(r), *[feature(f"{r}-{i}", n, ratio) for i, n in enumerate(videos) if f"{r}-{i}" in cells])
@@ -80,19 +80,19 @@ def test_no_step_encodes_more_than_its_budget_and_all_are_encoded(sizes: list[li
 
 def test_at_ratio_one_it_decides_as_vllm_does() -> None:
     requests = [request(str(n), feature(str(n), 30, 1.0)) for n in range(5)]
-    assert schedule(EncodedTokensCacheManager(10**6, MERGE), requests) == ["0", "1", "2"]
+    assert schedule(EncodedTokensCacheManager(10**6), requests) == ["0", "1", "2"]
     assert schedule(EncoderCacheManager(10**6), requests) == ["0", "1", "2"]
 
 
 def test_precomputed_embeddings_cost_nothing_more() -> None:
     requests = [request(str(n), feature(str(n), 60, 0.1, key="video_embeds")) for n in range(5)]
-    assert len(schedule(EncodedTokensCacheManager(10**6, MERGE), requests)) == 5
+    assert len(schedule(EncodedTokensCacheManager(10**6), requests)) == 5
 
 
 def test_space_is_charged_by_kept_tokens() -> None:
     """A cache of 12 rows holds two videos of 6 kept tokens, whatever they had before."""
     requests = [request(str(n), feature(str(n), 6 * 8, 1 / 8)) for n in range(3)]
-    assert schedule(EncodedTokensCacheManager(12, MERGE), requests) == ["0", "1"]
+    assert schedule(EncodedTokensCacheManager(12), requests) == ["0", "1"]
 
 
 @pytest.mark.parametrize(("manager", "most"), [(EncoderCacheManager, 2), (EncodedTokensCacheManager, 1)])

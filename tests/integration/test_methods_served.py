@@ -16,7 +16,7 @@ from score_vllm.vision.tower import VisionTower
 
 from .conftest import Engine, make_video
 from .oracle import VisualItem, greedy
-from .test_oracle import VIDEO, check, generate
+from .test_oracle import VIDEO, check, expected_geometry, generate
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def test_oracle_holds_for_every_method(
     prompt = f"Before {VIDEO} after, long enough to be cut."
     engine.clear()
     output = generate(engine, prompt, [video], ratio=ratio, method=method)
-    ((x, grid, t_factor, num_retained),) = engine.compressed
+    ((x, layout, num_retained),) = engine.compressed
+    grid, (_, t_factor) = layout.grid, expected_geometry(video)
     assert num_retained == num_retained_tokens(grid.num_tokens, ratio)
     kept = select_tokens(
         x.view(grid.t, grid.tokens_per_frame, -1),

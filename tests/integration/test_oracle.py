@@ -168,7 +168,8 @@ def test_oracle(
         output = generate(engine, prompt, videos, images, ratio)
         ratios = per_video or [ratio] * len(videos)
         kept = sum(
-            num_retained_tokens(g.num_tokens, r) for (_, g, _, _), r in zip(engine.compressed, ratios, strict=True)
+            num_retained_tokens(layout.grid.num_tokens, r)
+            for (_, layout, _), r in zip(engine.compressed, ratios, strict=True)
         )
         video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         assert list(output.prompt_token_ids).count(video_id) == kept
@@ -186,7 +187,7 @@ def test_every_chunk_boundary(engine: Engine, reference: Any, tokenizer: Any, ti
         video = make_video(8, 84, 84, seed=5000 + shift)
         engine.clear()
         output = generate(engine, prompt, [video], ratio=0.6, num_tokens=2)
-        assert engine.compressed[0][3] > CHUNK, "the kept video must be longer than a chunk"
+        assert engine.compressed[0][2] > CHUNK, "the kept video must be longer than a chunk"
         first, generated = greedy(reference, oracle_prompt(tokenizer, prompt, engine, [video], [0.6], policy), 2)
         check(output, first, generated)
 
@@ -199,7 +200,7 @@ def test_second_turn_hits_the_prefix_cache(engine: Engine, reference: Any, token
     answer = generate(engine, opening, [video], ratio=0.4).outputs[0].text
     second = opening + answer + "<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n<|im_start|>assistant\n"
     output = generate(engine, second, [video], ratio=0.4)
-    retained = engine.compressed[0][3]
+    retained = engine.compressed[0][2]
     assert output.num_cached_tokens > retained, "the whole video must come from the prefix cache"
     assert len(engine.compressed) == 1, "the video must not be encoded again"
     first, generated = greedy(reference, oracle_prompt(tokenizer, second, engine, [video], [0.4], policy), 8)
@@ -263,7 +264,8 @@ def test_literal_placeholder_in_text_does_not_shift_the_video(
     output = generate(engine, prompt, [make_video(8, 84, 84, seed=8100)], ratio=0.4)
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     parts: list[Any] = []
-    x, grid, t_factor, _ = engine.compressed[0]
+    x, layout, _ = engine.compressed[0]
+    grid, t_factor = layout.grid, 2.0
     for token in tokenizer(prompt).input_ids:
         if token == tokenizer.convert_tokens_to_ids("<|video_pad|>"):
             kept = select_tokens(x.view(grid.t, grid.h * grid.w, -1), 0.4, policy=policy).indices
@@ -368,6 +370,7 @@ def test_vision_features_equal_transformers(
 def test_positions_where_vllm_and_transformers_differ(reference: Any, engine: Engine) -> None:
     """transformers 5.19 lets text follow a video after max(h, w) positions, whatever its duration; vLLM goes on after
     the largest position. We follow vLLM; this test tells when transformers changes its mind."""
+    from score_vllm.layout import grid_layout
     from score_vllm.positions import VisualSpan, prompt_positions
     from score_vllm.types import VideoGrid
 
@@ -378,7 +381,7 @@ def test_positions_where_vllm_and_transformers_differ(reference: Any, engine: En
         theirs, _ = reference.model.get_rope_index(
             ids, kinds, video_grid_thw=torch.tensor([[cells, 6, 8]]), second_per_grid_ts=torch.tensor([0.5])
         )
-        span = VisualSpan(1, cells * 12, VideoGrid(cells, 3, 4), 1.0, offsets_travel=False)
+        span = VisualSpan.unpruned(1, grid_layout(VideoGrid(cells, 3, 4), 1.0))
         ours, _ = prompt_positions(ids.shape[1], [span])
         assert np.array_equal(ours[:, :-1], theirs[:, 0, :-1].numpy())
         assert (ours[0, -1] == theirs[0, 0, -1].item()) == agree

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from score_vllm import VideoGrid
 from score_vllm.kernels import configs, ops
+from score_vllm.layout import grid_layout
 
 triton = pytest.importorskip("triton", reason="the CPU-only install has no triton")
 
@@ -197,7 +199,7 @@ def test_score_on_hopper_at_other_sizes(d, use_residual, launches):
 def test_selection_and_gather(arch, launches):
     x, weights = tokens_and_weights(torch.bfloat16, 512)
     with ops.force_backend("triton"):
-        ops.select_rows(x, weights, 2, ops.PositionTable(torch.zeros(2, dtype=torch.int64), 1, 3))
+        ops.select_rows(x, weights, 2, ops.PositionTable.from_layout(grid_layout(VideoGrid(2, 1, 3), 1.0)))
         ops.gather(x, torch.zeros(2, dtype=torch.int64))
         ops.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
     names = [launch.kernel.__name__ for launch in launches]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from score_vllm import VideoGrid, positions
-from score_vllm.kernels import configs, inputs, ops, reference
+from score_vllm.kernels import configs, ops, reference
+from score_vllm.layout import grid_layout
 
 
 def weights(d: int = 16, h: int = 64, dtype: torch.dtype = torch.bfloat16, use_residual: bool = True):
@@ -38,7 +39,7 @@ def test_the_cpu_runs_torch_and_says_so():
 def test_compress_is_score_topk_gather(dtype):
     x = torch.randn(5, 12, 16).to(dtype)
     packed = weights(dtype=dtype)
-    table = ops.PositionTable(torch.arange(5) * 300, 3, 4)
+    table = ops.PositionTable.from_layout(grid_layout(VideoGrid(5, 3, 4), 300.0))
     out = ops.select_rows(x, packed, 7, table)
     assert torch.equal(out.scores, ops.score(x, packed.w_in, packed.b_in, packed.w_out, packed.b_out))
     indices, has_nan = ops.topk(out.scores, 7)
@@ -74,17 +75,14 @@ def test_nan_is_reported():
     data=st.data(),
 )
 def test_position_digits_are_the_packed_offsets(grid, t_factor, data):
-    table = ops.PositionTable(torch.from_numpy(positions.temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
+    layout = grid_layout(grid, t_factor)
+    table = ops.PositionTable.from_layout(layout)
     indices = torch.tensor(data.draw(st.lists(st.integers(0, grid.num_tokens - 1), min_size=1, max_size=20)))
-    want = positions.pack_offsets(positions.video_offsets(grid, t_factor)[indices], torch.bfloat16)
+    want = positions.pack_offsets(layout.vision_offsets()[indices], torch.bfloat16)
     assert torch.equal(reference.kept_channels(indices, table, torch.bfloat16), want)
 
 
-def test_the_two_descriptions_of_the_channels_agree():
-    assert (inputs.AXES, inputs.DIGITS) == (positions.AXES, positions.DIGITS)
-    assert inputs.POSITION_CHANNELS == positions.POSITION_CHANNELS
-
-
+NO_ROWS = torch.zeros(0, 5, dtype=torch.int64)
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 1e-45, 0.1])
 
 
@@ -111,12 +109,20 @@ def test_topk_is_a_stable_sort(values, data):
         (lambda x: ops.select_rows(x, weights(), 0), r"k must be in \[1, 6\]"),
         (lambda x: ops.select_rows(x, weights(), 7), r"k must be in \[1, 6\]"),
         (lambda x: ops.select_rows(x, weights(), 1, torch.zeros(5, 9)), r"channels must be \[T \* N = 6, C\]"),
-        (lambda x: ops.select_rows(x, weights(), 1, ops.PositionTable(torch.arange(2), 2, 2)), "2 x 2 x 2 grid"),
+        (
+            lambda x: ops.select_rows(
+                x, weights(), 1, ops.PositionTable.from_layout(grid_layout(VideoGrid(2, 2, 2), 1.0))
+            ),
+            "2 x 2 x 2 grid",
+        ),
         (lambda x: ops.gather(x, torch.zeros(1, dtype=torch.int32)), r"indices must be \[K\] int64"),
         (lambda x: ops.topk(torch.zeros(3), 4), r"k must be in \[1, 3\]"),
         (lambda x: ops.topk(torch.zeros(3, dtype=torch.float64), 1), r"\[M\] float32"),
-        (lambda x: ops.PositionTable(torch.zeros(3), 1, 1), r"\[T\] int64"),
-        (lambda x: ops.PositionTable(torch.arange(3), 0, 1), "must be >= 1"),
+        (lambda x: ops.PositionTable(torch.zeros(3, 4), 1, 1, NO_ROWS), r"affine must be \[rows, 4\] int64"),
+        (lambda x: ops.PositionTable(torch.zeros(3, 4).long(), 1, 1, NO_ROWS[:, 1:]), "structure must be"),
+        (lambda x: ops.PositionTable(torch.zeros(3, 4).long(), 0, 1, NO_ROWS), "must be >= 1"),
+        (lambda x: ops.gather(x, torch.arange(2), rows=x[0, :1]), r"rows must be \[K=2, D <= 16\]"),
+        (lambda x: ops.gather(x, torch.arange(2), learned=torch.zeros(17)), r"learned must be \[D <= 16\]"),
         (lambda x: pack(w_in=torch.zeros(64, 31)), r"w_in must be \[H, 2D\]"),
         (lambda x: pack(b_in=torch.zeros(63)), r"b_in must be \[64\]"),
         (lambda x: pack(b_out=torch.zeros(())), r"b_out must be \[1\]"),

@@ -6,16 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from score_vllm.positions import (
-    MAX_OFFSET,
-    POSITION_CHANNELS,
-    VisualSpan,
-    pack_offsets,
-    position_extent,
-    prompt_positions,
-    unpack_offsets,
-    video_offsets,
-)
+from score_vllm.layout import MAX_OFFSET, VideoLayout, grid_layout, interleaved_layout, sequential_layout
+from score_vllm.positions import POSITION_CHANNELS, VisualSpan, pack_offsets, prompt_positions, unpack_offsets
 from score_vllm.types import VideoGrid
 
 OFFSETS = st.lists(st.tuples(*[st.integers(0, MAX_OFFSET)] * 3), min_size=1, max_size=50)
@@ -36,58 +28,53 @@ def test_whole_numbers_do_not_survive_bf16_undivided() -> None:
     assert torch.tensor([257, 1001, 4097]).bfloat16().long().tolist() == [256, 1000, 4096]
 
 
-def test_video_offsets_by_hand() -> None:
-    offsets = video_offsets(VideoGrid(2, 2, 3), 2.5)
-    assert offsets.tolist() == [
-        [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2],
-        [2, 0, 0], [2, 0, 1], [2, 0, 2], [2, 1, 0], [2, 1, 1], [2, 1, 2],
-    ]  # fmt: skip
-    assert position_extent(VideoGrid(2, 2, 3), 2.5) == 3
-    assert position_extent(VideoGrid(4, 2, 3), 2.5) == 8
-
-
 grids = st.builds(VideoGrid, st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
+
+
+def text(grid: VideoGrid, random) -> list[list[int]]:
+    return [[random.randrange(-1, 100) for _ in range(random.randrange(4))] for _ in range(grid.t)]
+
+
+def any_layout(grid: VideoGrid, factor: float, random) -> VideoLayout:
+    kind = random.randrange(3)
+    if kind == 0:
+        return grid_layout(grid, factor)
+    if kind == 1:
+        return interleaved_layout(grid, text(grid, random), text(grid, random))
+    return sequential_layout(grid, text(grid, random), text(grid, random), row_newlines=random.random() < 0.5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), grids, st.floats(0, 60)), max_size=4), st.integers(0, 6), st.randoms())
 def test_compressed_prompt_agrees_with_the_whole_one(parts: list, tail: int, random) -> None:
-    """Text, decode delta and base + offset of any kept token equal the unpruned prompt's, whatever is kept."""
-    whole, pruned, kept_slots, kept_offsets = [], [], [], []
+    """Text, decode delta and base + offset of any row equal the unpruned prompt's, in its order, whatever is kept."""
+    whole, pruned, slots, offsets = [], [], [], []
     at_whole = at_pruned = 0
     keep_map: list[int] = []
-    for text, grid, factor in parts:
-        keep_map += range(at_whole, at_whole + text)
-        at_whole, at_pruned = at_whole + text, at_pruned + text
+    for text_tokens, grid, factor in parts:
+        layout = any_layout(grid, factor, random)
+        keep_map += range(at_whole, at_whole + text_tokens)
+        at_whole, at_pruned = at_whole + text_tokens, at_pruned + text_tokens
+        vision = layout.vision()
         kept = sorted(random.sample(range(grid.num_tokens), random.randint(1, grid.num_tokens)))
-        whole.append(VisualSpan(at_whole, grid.num_tokens, grid, factor, offsets_travel=False))
-        pruned.append(VisualSpan(at_pruned, len(kept), grid, factor, offsets_travel=True))
-        kept_slots += range(at_pruned, at_pruned + len(kept))
-        kept_offsets.append(video_offsets(grid, factor)[kept])
-        keep_map += [at_whole + k for k in kept]
-        at_whole, at_pruned = at_whole + grid.num_tokens, at_pruned + len(kept)
+        stays = sorted([*layout.slots.tolist(), *vision[kept, 0].tolist()])
+        whole.append(VisualSpan.unpruned(at_whole, layout))
+        pruned.append(VisualSpan(at_pruned, len(stays), layout.extent))
+        slots += range(at_pruned, at_pruned + len(stays))
+        offsets.append(layout.unpruned_offsets()[stays])
+        keep_map += [at_whole + k for k in stays]
+        at_whole, at_pruned = at_whole + whole[-1].length, at_pruned + len(stays)
     keep_map += range(at_whole, at_whole + tail)
     full, full_delta = prompt_positions(at_whole + tail, whole)
     short, short_delta = prompt_positions(at_pruned + tail, pruned)
-    if kept_slots:
-        short[:, kept_slots] += torch.cat(kept_offsets).numpy().T
+    if slots:
+        short[:, slots] += np.concatenate(offsets).T
     assert np.array_equal(short, full[:, keep_map])
     assert short_delta + at_pruned + tail == full_delta + at_whole + tail
 
 
 def test_overlapping_spans_are_refused() -> None:
-    span = VisualSpan(0, 4, VideoGrid(1, 2, 2), 1.0, offsets_travel=True)
+    span = VisualSpan(0, 4, 4)
     with pytest.raises(ValueError, match="overlaps"):
         prompt_positions(10, [span, span])
     with pytest.raises(ValueError, match="leaves the prompt"):
         prompt_positions(3, [span])
-
-
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0])
-def test_bad_time_factor(factor: float) -> None:
-    with pytest.raises(ValueError, match="t_factor"):
-        video_offsets(VideoGrid(2, 2, 2), factor)
-
-
-def test_offset_beyond_the_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match="too long"):
-        video_offsets(VideoGrid(2, 1, 1), MAX_OFFSET + 1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from score_vllm import VideoGrid, demo
-from score_vllm.positions import position_extent, video_offsets
+from score_vllm.layout import grid_layout
 from score_vllm.train.world.equal_windows import batch_equal_windows
 from score_vllm.train.world.question_blocks import Block, block_logits, blocks_right, pack_blocks
 
@@ -32,7 +32,7 @@ def alone(model: Any, x: torch.Tensor, offsets: torch.Tensor, block: Block) -> t
     text = torch.tensor(SUFFIX + block.prompt + block.target[:-1])
     embeds = torch.cat([embed(torch.tensor(PREFIX)), x, embed(text)])[None]
     base = len(PREFIX)
-    after = base + position_extent(GRID, 2.0)
+    after = base + grid_layout(GRID, 2.0).extent
     positions = torch.cat(
         [torch.arange(base).expand(3, -1), (offsets + base).T, (torch.arange(len(text)) + after).expand(3, -1)], 1
     )
@@ -45,13 +45,13 @@ def test_packed_equals_alone(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 128, generator=generator)
     kept = torch.stack([torch.randperm(24, generator=generator)[:9].sort().values for _ in range(2)])
-    offsets = video_offsets(GRID, 2.0)[kept]
+    offsets = grid_layout(GRID, 2.0).vision_offsets()[kept]
     blocks = [
         [Block((40, 41, 42), (50, 51)), Block((43,), (52, 53, 54))],
         [Block((44, 45), (55,)), Block((46, 47, 48, 49), (56, 57))],
     ]
     packed = pack_blocks(
-        model.model.language_model.embed_tokens, PREFIX, SUFFIX, x, offsets, position_extent(GRID, 2.0), blocks
+        model.model.language_model.embed_tokens, PREFIX, SUFFIX, x, offsets, grid_layout(GRID, 2.0).extent, blocks
     )
     logits = block_logits(model, packed)
     assert packed.owners.unique().tolist() == [0, 1, 2, 3]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from score_vllm.positions import video_offsets
+from score_vllm.layout import grid_layout
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.train.frozen import decoder
 from score_vllm.train.frozen.model import EncodedSample, FrozenVLM
@@ -41,7 +41,7 @@ def by_hand(engine: FrozenVLM, e: EncodedSample, kept: torch.Tensor) -> torch.Te
     model = engine.model
     embed = model.get_input_embeddings()
     start = e.prefix.shape[0]
-    offsets = video_offsets(e.grid, e.t_factor)
+    offsets = grid_layout(e.grid, e.t_factor).vision_offsets()
     text = torch.cat([e.suffix, e.target])
     after = start + int(offsets.max()) + 1 + torch.arange(text.shape[0])
     positions = torch.cat(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from score_vllm.layout import grid_layout
 from score_vllm.positions import VisualSpan, prompt_positions
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.train.frozen.decoder import answer_states, check_decoder
@@ -295,7 +296,7 @@ class FrozenVLM:
         rows = torch.cat(
             [embed(encoded.prefix.to(self.device)), x, embed(after.to(self.device)), torch.zeros_like(x[:1])]
         )
-        span = VisualSpan(encoded.prefix.shape[0], encoded.num_tokens, encoded.grid, encoded.t_factor, False)
+        span = VisualSpan.unpruned(encoded.prefix.shape[0], grid_layout(encoded.grid, encoded.t_factor))
         positions, _ = prompt_positions(rows.shape[0], [span])
         return rows, torch.from_numpy(positions).to(self.device)
 

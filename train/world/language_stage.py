@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from score_vllm.positions import position_extent, video_offsets
+from score_vllm.layout import grid_layout
 from score_vllm.train.world.equal_windows import batch_equal_windows
 from score_vllm.train.world.question_blocks import Block, PackedBatch, block_logits, blocks_right, pack_blocks
 from score_vllm.train.world.render import render
@@ -148,14 +148,15 @@ def forward(
     Returns:
         ``(logits, packed)``: logits [L, V] of every target token.
     """
-    offsets = video_offsets(grid, T_FACTOR)
+    layout = grid_layout(grid, T_FACTOR)
+    offsets = layout.vision_offsets()
     packed = pack_blocks(
         model.model.language_model.embed_tokens,
         words.prefix,
         words.suffix,
         torch.stack(list(rows)),
         torch.stack([offsets[kept] for kept in indices]),
-        position_extent(grid, T_FACTOR),
+        layout.extent,
         blocks,
     )
     return block_logits(model, packed), packed

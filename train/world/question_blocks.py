@@ -58,7 +58,7 @@ def pack_blocks(
         prefix, suffix: token ids before and directly after the video, common to all.
         x: [B, K, D] kept visual tokens.
         offsets: [B, K, 3] int64, their original positions relative to the video's base.
-        extent: positions that the whole video takes (:func:`score_vllm.positions.position_extent`).
+        extent: positions that the whole video takes (:class:`score_vllm.layout.VideoLayout`).
         blocks: B lists of equal length.
 
     Returns:

@@ -7,6 +7,7 @@ import torch
 
 from score_vllm import VideoGrid, positions
 from score_vllm.kernels import ops, reference
+from score_vllm.layout import grid_layout, interleaved_layout, sequential_layout
 
 
 def policy(d: int, h: int, dtype: torch.dtype, device: torch.device) -> ops.PolicyWeights:
@@ -23,8 +24,8 @@ def test_gathered_digits_are_the_packed_positions(grid, t_factor, dtype, device,
     x = torch.randn(grid.t, grid.tokens_per_frame, 48, device=device).to(dtype)
     kept = max(1, grid.num_tokens // 3)
     indices = torch.randperm(grid.num_tokens)[:kept].sort().values.to(device)
-    offsets = positions.video_offsets(grid, t_factor)
-    table = ops.PositionTable(torch.from_numpy(positions.temporal_offsets(grid.t, t_factor)), grid.h, grid.w)
+    layout = grid_layout(grid, t_factor)
+    offsets, table = layout.vision_offsets(), ops.PositionTable.from_layout(layout)
     buffer = ops.gather(x, indices, table)
     assert ops.last_backend("gather") == "triton"
     assert torch.equal(buffer[:, :48], x.flatten(0, 1)[indices])
@@ -33,6 +34,56 @@ def test_gathered_digits_are_the_packed_positions(grid, t_factor, dtype, device,
     assert torch.equal(positions.unpack_offsets(buffer[:, 48:].cpu()), offsets[indices.cpu()])
     # The same digits given as channels of every token.
     assert torch.equal(ops.gather(x, indices, packed), buffer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [48, 1040])
+@pytest.mark.parametrize("kind", ["text", "newlines"])
+def test_structure_rows_stand_where_the_unpruned_span_has_them(kind, width, dtype, device, seed):
+    grid = VideoGrid(5, 3, 4)
+    lists = [[70_000, 3], [], [1], [2, 9, 300], [5]]
+    layout = (
+        interleaved_layout(grid, lists, lists[::-1])
+        if kind == "text"
+        else sequential_layout(grid, [[]] * 5, [[]] * 5, row_newlines=True)
+    )
+    table = ops.PositionTable.from_layout(layout)
+    learned = None if kind == "text" else torch.randn(32, device=device)
+    x = torch.randn(5, 12, width, device=device).to(dtype)
+    for kept in (1, 7, 60):
+        indices = torch.randperm(60)[:kept].sort().values.to(device)
+        rows = torch.randn(kept, 32, device=device).to(dtype)
+        for merged in (None, rows):
+            buffer = ops.gather(x, indices, table, learned=learned, rows=merged)
+            assert torch.equal(buffer, reference.gather(x, indices, table, learned, merged))
+        # Written out: every row at its slot of the unpruned span.
+        unpruned = torch.zeros(layout.structure_tokens + 60, width, device=device, dtype=dtype)
+        if learned is not None:
+            unpruned[torch.from_numpy(layout.slots), :32] = learned.to(dtype)
+        vision = torch.from_numpy(layout.vision()[:, 0])
+        unpruned[vision] = x.flatten(0, 1)
+        stays = torch.cat([torch.from_numpy(layout.slots), vision[indices.cpu()]]).sort().values
+        buffer = ops.gather(x, indices, table, learned=learned)
+        assert torch.equal(buffer[:, :width], unpruned[stays])
+        channels = positions.unpack_offsets(buffer[:, width:].cpu())
+        assert torch.equal(channels[:, :3], torch.from_numpy(layout.unpruned_offsets())[stays])
+        if kind == "text":
+            ids = torch.zeros(len(unpruned), dtype=torch.int64)
+            ids[torch.from_numpy(layout.slots)] = torch.from_numpy(layout.ids) + 1
+            assert torch.equal(channels[:, 3], ids[stays])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_policy_reads_the_first_columns_only(dtype, device, seed):
+    grid = VideoGrid(6, 5, 3)
+    x = torch.randn(6, 15, 192, device=device).to(dtype)
+    weights = policy(48, 64, dtype, device)
+    table = ops.PositionTable.from_layout(interleaved_layout(grid, [[1, 2]] * 6, [[3]] * 6))
+    out = ops.select_rows(x, weights, 9, table, width=48)
+    plain = ops.select_rows(x[..., :48].contiguous(), weights, 9)
+    assert torch.equal(out.scores, plain.scores)
+    assert torch.equal(out.indices, plain.indices)
+    assert torch.equal(out.buffer, reference.gather(x, out.indices, table))
 
 
 @pytest.mark.parametrize("channels", [None, 1, 5, 16])
@@ -52,7 +103,7 @@ def test_compress_agrees_with_its_parts_and_the_reference(shape, dtype, device, 
     t, n, d, h = shape
     x = torch.randn(t, n, d, device=device).to(dtype)
     weights = policy(d, h, dtype, device)
-    table = ops.PositionTable(torch.arange(t) * 50, 1, n)
+    table = ops.PositionTable.from_layout(grid_layout(VideoGrid(t, 1, n), 50.0))
     want = reference.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
     tolerance = 4e-6 * (1.0 + float(want.abs().max()))
     for k in sorted({1, max(1, t * n // 10), t * n}):
