@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from score_vllm.architectures import SHORT_NAMES
 from score_vllm.demo import demo_clip, ensure_demo
 
-SHORT_NAMES = {f"Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
 DEMO = "demo"
 TRAIN_COMMAND = "python -m score_vllm.train --config train/configs/qwen2_5_vl_7b.toml"
 

@@ -10,6 +10,8 @@ from typing import Any
 from score_vllm.budget import check_retention_ratio
 
 FORMAT_VERSION = 1
+# Of policies whose file names no architecture: when they were written there was only this one.
+FIRST_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 ACTIVATIONS = ("gelu",)
 
 
@@ -26,6 +28,7 @@ class PolicyConfig:
         hidden_size: D, width of the visual tokens the policy reads (the LLM's hidden size).
         policy_width: H, width of the policy's one hidden layer.
         model_id: the model it was trained for, as given to ``--model``; informative.
+        architecture: vLLM's name of that model's architecture; served with no other. Empty: :data:`FIRST_ARCHITECTURE`.
         method: always ``"score"``: the file says what made it.
         use_residual: False is the paper's ablation without the surprise signal (table 5).
         provenance: free-form record of how it was made: commit, data, versions, arguments.
@@ -35,6 +38,7 @@ class PolicyConfig:
     hidden_size: int
     policy_width: int
     model_id: str = ""
+    architecture: str = ""
     method: str = "score"
     use_residual: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +53,8 @@ class PolicyConfig:
             raise ValueError(f"policy config: method must be 'score', got {self.method!r}")
         if not isinstance(self.use_residual, bool):
             raise ValueError(f"policy config: use_residual must be true or false, got {self.use_residual!r}")
+        if not isinstance(self.architecture, str):
+            raise ValueError(f"policy config: architecture must be a string, got {self.architecture!r}")
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"policy config: format_version must be {FORMAT_VERSION}, got {self.format_version!r}; "

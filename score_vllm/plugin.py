@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-# vLLM's architecture name -> our class, as a string: vLLM imports it when such a model is loaded.
-ARCHITECTURES = {
-    "Qwen2_5_VLForConditionalGeneration": "score_vllm.models.qwen2_5_vl:ScoreQwen2_5_VLForConditionalGeneration",
-}
+from score_vllm.architectures import SUPPORTED
+
 # For vLLM's --ec-manager-config.
 ENCODER_CACHE_MANAGER = "score_vllm.models.encoder_budget.EncodedTokensCacheManager"
 
@@ -18,9 +16,14 @@ def register() -> None:
     if _registered:
         return
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    for architecture, target in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, target)
+    from score_vllm.models.sequential import SequentialPositionsConfig
+
+    for architecture in SUPPORTED:
+        ModelRegistry.register_model(architecture.name, architecture.target)
+        if architecture.sequential:
+            MODELS_CONFIG_MAP[architecture.name] = SequentialPositionsConfig
     _registered = True
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class RetentionPolicy(torch.nn.Module):
         use_residual: False is the paper's ablation without the surprise signal (table 5).
         initial_keep_probability: p of a token under zero weights; sets the output bias.
         model_id: the model this policy is for; informative.
+        architecture: vLLM's name of that model's architecture; serving refuses the policy elsewhere.
         seed: initialises the weights, independent of the global random state.
 
     Raises:
@@ -44,13 +46,16 @@ class RetentionPolicy(torch.nn.Module):
         use_residual: bool = True,
         initial_keep_probability: float = 0.5,
         model_id: str = "",
+        architecture: str = "",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0.0 < initial_keep_probability < 1.0:
             raise ValueError(f"initial_keep_probability must be in (0, 1), got {initial_keep_probability!r}")
         width = default_policy_width(hidden_size) if policy_width is None else policy_width
-        self.config = PolicyConfig(hidden_size, width, model_id=model_id, use_residual=use_residual)
+        self.config = PolicyConfig(
+            hidden_size, width, model_id=model_id, architecture=architecture, use_residual=use_residual
+        )
         inputs = hidden_size * (2 if use_residual else 1)
         generator = torch.Generator("cpu").manual_seed(seed)
         # Said outright: vLLM builds models under another default device and dtype.
@@ -110,13 +115,7 @@ class RetentionPolicy(torch.nn.Module):
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         config = self.config
-        merged = PolicyConfig(
-            config.hidden_size,
-            config.policy_width,
-            model_id=config.model_id,
-            use_residual=config.use_residual,
-            provenance={**config.provenance, **provenance},
-        )
+        merged = replace(config, provenance={**config.provenance, **provenance})
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             weights = {k: v.detach().cpu().float().contiguous() for k, v in self.state_dict().items()}

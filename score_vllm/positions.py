@@ -42,7 +42,7 @@ def unpack_offsets(channels: torch.Tensor) -> torch.Tensor:
     Returns:
         [K, A] int64.
     """
-    digits = channels.to(torch.int64).unflatten(-1, (-1, DIGITS))
+    digits = channels.to(torch.int64).unflatten(-1, (channels.shape[-1] // DIGITS, DIGITS))
     return (digits << (8 * torch.arange(DIGITS, device=channels.device))).sum(-1)
 
 

@@ -9,10 +9,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from score_vllm import plugin
+from score_vllm.architectures import BY_NAME, REFUSED, Architecture
 from score_vllm.catalog import TRAIN_COMMAND, ResolvedModel, UsageError, resolve_model
 from score_vllm.config import MEDIA_CONNECTOR, SPECULATIVE_METHODS, ServingConfig
 from score_vllm.models.worker import WORKER_EXTENSION
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 TRAINING_FREE_METHOD = "vidcom2"
 # Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
@@ -47,24 +47,24 @@ def choose_method(method: str | None, policy: str | None, allowed: tuple[str, ..
     )
 
 
-def check_policy(policy: str, hidden_size: int) -> tuple[str, str]:
+def check_policy(policy: str, hidden_size: int, architecture: str) -> tuple[str, str]:
     """Load the policy before the engine starts; ``(local directory, digest)``.
 
     Raises:
-        UsageError: it is missing, incomplete, broken or of another hidden size.
+        UsageError: it is missing, incomplete, broken, or made for another hidden size or architecture.
     """
     from score_vllm.models.adapter import load_policy
     from score_vllm.policy import resolve_directory
 
     try:
         directory = str(resolve_directory(policy).resolve())
-        return directory, load_policy(directory, hidden_size).digest()
+        return directory, load_policy(directory, hidden_size, architecture).digest()
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"--policy: {error}") from error
 
 
-def read_hidden_size(args: argparse.Namespace) -> int:
-    """Hidden size of the language model, from the model's own configuration.
+def read_model(args: argparse.Namespace) -> tuple[Architecture, int]:
+    """Architecture, and hidden size of the language model, from the model's own configuration.
 
     Raises:
         UsageError: it cannot be read, or the architecture is not supported.
@@ -77,10 +77,12 @@ def read_hidden_size(args: argparse.Namespace) -> int:
         reason = " ".join(str(error).split())
         raise UsageError(f"--model: cannot read the configuration of {args.model!r}: {reason}") from error
     architecture = (config.architectures or ["none"])[0]
-    if architecture not in plugin.ARCHITECTURES:
-        known = ", ".join(plugin.ARCHITECTURES)
+    if architecture in REFUSED:
+        raise UsageError(f"--model {args.model!r} is a {architecture}, which is not supported: {REFUSED[architecture]}")
+    if architecture not in BY_NAME:
+        known = ", ".join(BY_NAME)
         raise UsageError(f"--model {args.model!r} is a {architecture}; supported architectures: {known}")
-    return int(config.get_text_config().hidden_size)
+    return BY_NAME[architecture], int(config.get_text_config().hidden_size)
 
 
 def check_plugins() -> None:
@@ -136,12 +138,13 @@ def check_engine_options(args: argparse.Namespace) -> None:
         raise UsageError("--grpc is not supported: retention_ratio is a field of the HTTP API")
 
 
-def apply_media_options(args: argparse.Namespace) -> None:
-    """Our loader, frame limits and download cap, under what ``--media-io-kwargs`` says."""
+def apply_media_options(args: argparse.Namespace, architecture: Architecture) -> None:
+    """Our loader, the family's sampling and a download cap, under what ``--media-io-kwargs`` says."""
+    fps, max_frames = architecture.sampling
     given = dict(args.media_io_kwargs or {})
     video: dict[str, Any] = {}
     if (loader := LOADERS[args.video_loader]) is not None:
-        video = {"video_backend": loader, "num_frames": DEFAULT_MAX_FRAMES, "fps": DEFAULT_FPS}
+        video = {"video_backend": loader, "num_frames": max_frames, "fps": fps or 0}
         video["max_bytes"] = MAX_DOWNLOAD_BYTES
     if args.max_frames is not None:
         video["num_frames"] = args.max_frames
@@ -215,16 +218,16 @@ def configure(args: argparse.Namespace) -> str | None:
     if policy is None and (args.method in (None, "score") or "score" in args.allow_methods):
         policy = model.demo_policy
     method, warning = choose_method(args.method, policy, args.allow_methods)
-    hidden_size = read_hidden_size(args)
+    architecture, hidden_size = read_model(args)
     digest = ""
     if policy is not None:
-        policy, digest = check_policy(policy, hidden_size)
+        policy, digest = check_policy(policy, hidden_size, architecture.name)
     serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest)
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
     args.worker_extension_cls = WORKER_EXTENSION
-    apply_media_options(args)
+    apply_media_options(args, architecture)
     apply_scheduler_options(args)
     args.score_clip = model.demo_clip
     return warning

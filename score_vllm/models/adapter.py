@@ -29,7 +29,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from score_vllm import methods
-from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
+from score_vllm.config import FIRST_ARCHITECTURE, SPECULATIVE_METHODS, ServingConfig
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.layout import AXES, VideoLayout
@@ -51,13 +51,14 @@ class VideoCompressor:
     Args:
         serving: the serving configuration.
         hidden_size: D of the language model.
+        architecture: vLLM's name of the model.
 
     Raises:
-        ValueError: unknown method, or a policy that does not fit the model; both numbers are in the message.
+        ValueError: unknown method, or a policy that does not fit the model.
         FileNotFoundError: the policy directory is missing or incomplete.
     """
 
-    def __init__(self, serving: ServingConfig, hidden_size: int) -> None:
+    def __init__(self, serving: ServingConfig, hidden_size: int, architecture: str) -> None:
         self.serving = serving
         self.hidden_size = hidden_size
         # One worker per tensor-parallel group keeps the time, or every video would count several times.
@@ -68,7 +69,7 @@ class VideoCompressor:
         self._weights: PolicyWeights | None = None
         self.nan_videos = torch.zeros((), dtype=torch.int64, device="cpu")
         if serving.policy is not None:
-            self.policy = load_policy(serving.policy, hidden_size)
+            self.policy = load_policy(serving.policy, hidden_size, architecture)
             if serving.policy_digest and self.policy.digest() != serving.policy_digest:
                 raise ValueError(
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
@@ -137,11 +138,11 @@ class VideoCompressor:
             return ops.gather(video, kept.indices, table, learned=learned, rows=kept.embeddings)
 
 
-def load_policy(directory: str, hidden_size: int) -> RetentionPolicy:
-    """Load a policy and check that it reads the model's tokens.
+def load_policy(directory: str, hidden_size: int, architecture: str) -> RetentionPolicy:
+    """Load a policy and check that it was made for the model's tokens.
 
     Raises:
-        ValueError: its hidden size differs from the model's; both numbers are in the message.
+        ValueError: its hidden size or architecture differs from the model's; both are in the message.
         FileNotFoundError: see :meth:`RetentionPolicy.from_pretrained`.
     """
     policy = RetentionPolicy.from_pretrained(directory)
@@ -150,6 +151,10 @@ def load_policy(directory: str, hidden_size: int) -> RetentionPolicy:
             f"policy {directory} was made for hidden size {policy.config.hidden_size}, "
             f"but the model has hidden size {hidden_size}"
         )
+    # The width alone says little: 3,584 is both Qwen2.5-VL-7B and LLaVA-Video-7B.
+    trained_for = policy.config.architecture or FIRST_ARCHITECTURE
+    if trained_for != architecture:
+        raise ValueError(f"policy {directory} was made for {trained_for}, but the model is a {architecture}")
     return policy
 
 
@@ -216,9 +221,10 @@ class CompressionModelMixin:
         if serving is None:
             return
         check_engine_config(vllm_config)
-        hidden_size = vllm_config.model_config.get_hidden_size()
+        model_config = vllm_config.model_config
+        hidden_size, architecture = model_config.get_hidden_size(), model_config.architecture
         # Past the parameters on purpose: the checkpoint loader must not look for the policy's weights.
-        object.__setattr__(self, "compressor", VideoCompressor(serving, hidden_size))
+        object.__setattr__(self, "compressor", VideoCompressor(serving, hidden_size, architecture))
         assert self.compressor is not None
         device = vllm_config.device_config.device
         self.compressor.prepare(vllm_config.model_config.dtype, device, self.row_width)

@@ -83,6 +83,21 @@ class _CompressedPlaceholder(PromptUpdateDetails):
 _reports: ContextVar[list[VideoReport]] = ContextVar("score_video_reports")
 
 
+class StructureInfoMixin:
+    """Put before a family's processing info where videos have structure rows: vLLM's limits must count them."""
+
+    def max_structure_tokens(self) -> int:
+        """S of the video with most."""
+        raise NotImplementedError
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """A video at ratio 1 has S + T * N rows, all of them embeddings."""
+        limits: Any = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
+        if limits is None or ServingConfig.from_hf_config(self.get_hf_config()) is None:  # type: ignore[attr-defined]
+            return limits
+        return {**limits, "video": limits["video"] + self.max_structure_tokens()}
+
+
 class CompressionProcessorMixin:
     """Put before a family's multimodal processor; inert where no serving configuration is present."""
 
@@ -155,10 +170,13 @@ class CompressionProcessorMixin:
     def _check_position_range(self, reports: Sequence[VideoReport]) -> None:
         """Positions outside the rotary table would read wild memory: refuse what could reach them, decode included."""
         spanned = sum(report.position_extent for report in reports)
-        if self._max_length + spanned > self._max_position:
+        slots = sum(report.retained_tokens + report.structure_tokens for report in reports)
+        room = self._max_position - self._max_length + slots
+        if spanned > room:
             raise RequestFieldError(
-                f"the videos span {spanned} positions, of which the model has {self._max_position - self._max_length} "
-                "beside its longest text: they last too long, or their frame rate metadata is wrong",
+                f"the videos span {spanned} positions, of which the model has {room} beside the longest text of "
+                f"--max-model-len {self._max_length}: they last too long, their frame rate metadata is wrong, or "
+                "--max-model-len leaves too few",
                 "video_url",
             )
 

@@ -9,6 +9,7 @@ import torch
 
 from score_vllm.layout import VideoLayout, grid_layout
 from score_vllm.models.adapter import CompressionModelMixin
+from score_vllm.models.saliency import AttentionSaliency, check_saliency_config
 from score_vllm.types import VideoGrid
 
 
@@ -34,9 +35,12 @@ class QwenModelMixin(CompressionModelMixin):
             config.modalities = [name for name in config.modalities if name != "video"]
         return config
 
-    def take_saliency(self, patch_grid: list[int], grid: VideoGrid) -> torch.Tensor | None:
-        """[T, N] saliency of the video that the tower has just seen; None where no method asks for it."""
-        return None
+    def _setup_compression(self, vllm_config: Any) -> None:
+        super()._setup_compression(vllm_config)
+        self._saliency: AttentionSaliency | None = None
+        if self.compressor is not None and self.compressor.needs_saliency:
+            check_saliency_config(vllm_config)
+            self._saliency = AttentionSaliency(self.visual)
 
     def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
         video_input = super()._parse_and_validate_video_input(**kwargs)  # type: ignore[misc]
@@ -59,6 +63,8 @@ class QwenModelMixin(CompressionModelMixin):
             stop = start + int(thw.prod()) // rows_per_patch
             one = {"type": kind, kind: inputs[kind][start:stop], "video_grid_thw": thw[None]}
             (x,) = super()._process_video_input(one)  # type: ignore[misc]
-            pixels = kind == "pixel_values_videos"
-            yield x, self.take_saliency(thw.tolist(), grid_of(thw, merge_size)) if pixels else None
+            saliency = None
+            if self._saliency is not None and kind == "pixel_values_videos":
+                saliency = self._saliency.take(thw.tolist(), grid_of(thw, merge_size))
+            yield x, saliency
             start = stop

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
@@ -19,8 +18,6 @@ from score_vllm.layout import VideoLayout, grid_layout
 from score_vllm.models import video_loaders  # noqa: F401  (registers the loaders where requests are processed)
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.qwen import QwenModelMixin, grid_of
-from score_vllm.models.saliency import AttentionSaliency, check_saliency_config
-from score_vllm.types import VideoGrid
 
 
 class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalProcessor):
@@ -51,11 +48,3 @@ class ScoreQwen2_5_VLForConditionalGeneration(QwenModelMixin, Qwen2_5_VLForCondi
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup_compression(vllm_config)
-        self._saliency: AttentionSaliency | None = None
-        if self.compressor is not None and self.compressor.needs_saliency:
-            check_saliency_config(vllm_config)
-            self._saliency = AttentionSaliency(self.visual)
-
-    def take_saliency(self, patch_grid: list[int], grid: VideoGrid) -> torch.Tensor | None:
-        """Of the last full-attention block."""
-        return None if self._saliency is None else self._saliency.take(patch_grid, grid)

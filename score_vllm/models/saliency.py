@@ -34,16 +34,18 @@ def check_saliency_config(config: Any) -> None:
 
 
 class AttentionSaliency:
-    """Listens to the last full-attention block of a Qwen2.5-VL tower.
+    """Listens to the last full-attention block of a Qwen tower.
 
     Args:
-        visual: vLLM's ``Qwen2_5_VisionTransformer``.
+        visual: vLLM's; Qwen2.5-VL's alone has blocks that attend within windows.
     """
 
     def __init__(self, visual: Any) -> None:
         self._visual = visual
         self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
-        attention = visual.blocks[max(visual.fullatt_block_indexes)].attn
+        self._windowed = hasattr(visual, "fullatt_block_indexes")
+        last = max(visual.fullatt_block_indexes) if self._windowed else len(visual.blocks) - 1
+        attention = visual.blocks[last].attn
         self._total_heads = attention.num_attention_heads_per_partition * attention.tp_size
         self._parallel = attention.tp_size > 1
         attention.attn.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -65,10 +67,12 @@ class AttentionSaliency:
         assert self._captured is not None, "the tower has not run"
         query, key = self._captured
         self._captured = None
-        merge_unit = self._visual.spatial_merge_unit
-        summed = frame_saliency(query, key, grid.t, merge_unit)
+        summed = frame_saliency(query, key, grid.t, self._visual.spatial_merge_size**2)
         if self._parallel:
             summed = tensor_model_parallel_all_reduce(summed)
+        mean = summed / self._total_heads
+        if not self._windowed:
+            return mean
         # The tower works in window order; the same indices that restore its output restore this.
-        order = self._visual.prepare_encoder_metadata([patch_grid])["reverse_indices"].to(summed.device)
-        return (summed / self._total_heads).flatten()[order].view(grid.t, grid.tokens_per_frame)
+        order = self._visual.prepare_encoder_metadata([patch_grid])["reverse_indices"].to(mean.device)
+        return mean.flatten()[order].view(grid.t, grid.tokens_per_frame)

@@ -20,7 +20,7 @@ from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from score_vllm import RetentionPolicy
-from score_vllm.config import MEDIA_CONNECTOR
+from score_vllm.config import FIRST_ARCHITECTURE, MEDIA_CONNECTOR
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
 from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram
@@ -66,9 +66,21 @@ def test_what_cannot_be_right_is_refused(change: dict[str, Any], message: str) -
 
 def test_policy_must_fit_the_model(tmp_path: Path) -> None:
     RetentionPolicy(48).save_pretrained(tmp_path / "p")
-    assert load_policy(str(tmp_path / "p"), 48).config.hidden_size == 48
+    assert load_policy(str(tmp_path / "p"), 48, FIRST_ARCHITECTURE).config.hidden_size == 48
     with pytest.raises(ValueError, match=r"hidden size 48, but the model has hidden size 3584"):
-        load_policy(str(tmp_path / "p"), 3584)
+        load_policy(str(tmp_path / "p"), 3584, FIRST_ARCHITECTURE)
+
+
+def test_policy_must_be_of_the_models_architecture(tmp_path: Path) -> None:
+    """3,584 is both Qwen2.5-VL-7B and LLaVA-Video-7B; files from before the key was there are Qwen2.5-VL's."""
+    llava, old = "LlavaOnevisionForConditionalGeneration", str(tmp_path / "old")
+    RetentionPolicy(48).save_pretrained(old)
+    with pytest.raises(ValueError, match=f"made for {FIRST_ARCHITECTURE}, but the model is a {llava}"):
+        load_policy(old, 48, llava)
+    RetentionPolicy(48, architecture=llava).save_pretrained(tmp_path / "new")
+    assert load_policy(str(tmp_path / "new"), 48, llava).config.architecture == llava
+    with pytest.raises(ValueError, match=f"made for {llava}, but the model is a {FIRST_ARCHITECTURE}"):
+        load_policy(str(tmp_path / "new"), 48, FIRST_ARCHITECTURE)
 
 
 @pytest.mark.parametrize("name", [video_loaders.PYAV_LOADER, video_loaders.DECORD_LOADER, "opencv"])

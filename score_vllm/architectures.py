@@ -1,0 +1,60 @@
+"""The models that can be compressed: one table, from which registration, short names and the documentation come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One architecture of vLLM.
+
+    Attributes:
+        name: vLLM's.
+        target: our class, as a string: vLLM imports it when such a model is loaded.
+        models: short name -> hub id.
+        notes: what a reader of the table of supported models should know.
+        sampling: frames a second (None: evenly over the video) and the most frames, where a request names none.
+        sequential: 1-D positions, which vLLM is told to carry through M-RoPE.
+    """
+
+    name: str
+    target: str
+    models: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
+    sampling: tuple[float | None, int] = (2.0, 128)
+    sequential: bool = False
+
+
+def _sizes(prefix: str, hub: str, suffix: str, *sizes: str) -> dict[str, str]:
+    return {f"{prefix}-{size}": f"{hub}-{size}{suffix}" for size in sizes}
+
+
+_MODELS = "score_vllm.models"
+
+SUPPORTED = (
+    Architecture(
+        "Qwen2_5_VLForConditionalGeneration",
+        f"{_MODELS}.qwen2_5_vl:ScoreQwen2_5_VLForConditionalGeneration",
+        _sizes("Qwen2.5-VL", "Qwen/Qwen2.5-VL", "-Instruct", "3B", "7B", "32B", "72B")
+        | {"Cosmos-Reason1-7B": "nvidia/Cosmos-Reason1-7B"},
+        "the paper's first model",
+    ),
+)
+BY_NAME = {entry.name: entry for entry in SUPPORTED}
+SHORT_NAMES = {short: hub for entry in SUPPORTED for short, hub in entry.models.items()}
+
+# Architectures that users ask for, and why they are refused.
+REFUSED = {
+    "Gemma4ForConditionalGeneration": (
+        "visual tokens attend to each other in both directions and layers look up embeddings by token id, so dropping "
+        "some changes the rest; at 70 tokens a frame there is little to save"
+    ),
+    "Molmo2ForConditionalGeneration": (
+        "visual tokens attend to each other in both directions, so dropping some changes the rest"
+    ),
+    "LlavaQwenForCausalLM": (
+        "this is an original LLaVA-Video checkpoint, which vLLM does not read: convert it first with "
+        "python -m score_vllm.convert_llava_video SRC DST"
+    ),
+}

@@ -1,0 +1,141 @@
+"""LLaVA-OneVision and LLaVA-Video (converted by ``python -m score_vllm.convert_llava_video``) with compressed videos.
+
+One architecture with two options of its config. ``mm_spatial_pool_mode``: how the tower's grid of a frame is halved,
+``bilinear`` (rounded up, OneVision) or ``average`` (rounded down, LLaVA-Video). ``mm_newline_position``: where the
+learned newline stands, ``one_token`` after the video (OneVision), ``frame`` after each frame, or ``grid`` after each
+row of each frame (LLaVA-Video). Newlines always stay. Positions are 1-D: :mod:`score_vllm.models.sequential`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.models.interfaces import SupportsMRoPE
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from score_vllm.layout import LEARNED, VideoLayout, sequential_layout
+from score_vllm.models.adapter import CompressionModelMixin
+from score_vllm.models.processing import CompressionProcessorMixin
+from score_vllm.models.saliency import check_saliency_config
+from score_vllm.types import VideoGrid
+from score_vllm.vision.pooling import NEWLINES, frame_side, pool_frames
+from score_vllm.vision.saliency import frame_saliency
+
+# Frames of a video at which memory is profiled, and up to which ratio 1 fits vLLM's encoder cache; vLLM itself: 16.
+MAX_FRAMES = 64
+
+
+def video_layout(config: Any, num_frames: int) -> VideoLayout:
+    """The span of a video of square frames."""
+    vision = config.vision_config
+    side = frame_side(config, vision.image_size // vision.patch_size)
+    newline = getattr(config, "mm_newline_position", "one_token")
+    if newline not in NEWLINES:
+        raise ValueError(f"mm_newline_position must be one of {', '.join(NEWLINES)}, got {newline!r}")
+    suffixes: list[list[int]] = [[LEARNED] if newline == "frame" else [] for _ in range(num_frames)]
+    if newline == "one_token":
+        suffixes[-1] = [LEARNED]
+    grid = VideoGrid(num_frames, side, side)
+    return sequential_layout(grid, [[]] * num_frames, suffixes, row_newlines=newline == "grid")
+
+
+class ScoreLlavaOnevisionInfo(LlavaOnevisionProcessingInfo):
+    """Counts a video's tokens by its layout, and takes as many frames as the models were made for."""
+
+    def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
+        """S + T * N: what a video takes in the prompt at ratio 1."""
+        if not num_frames:
+            return 0
+        layout = video_layout(self.get_hf_config(), num_frames)
+        return layout.structure_tokens + layout.grid.num_tokens
+
+    def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        """As vLLM's, without its cap of 16."""
+        videos = max(mm_counts.get("video", 0), 1)
+        return max(min(self._get_max_video_frames(seq_len) // videos, MAX_FRAMES), 1)
+
+
+class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMultiModalProcessor):
+    """Square frames in a row, one position per token."""
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)
+        self._setup_compression(info.get_hf_processor().video_token)
+
+    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
+        """From the number of frames of each video."""
+        config = self.info.get_hf_config()
+        return [video_layout(config, len(frames)) for frames in data.get("pixel_values_videos", ())]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    ScoreLlavaOnevisionProcessor, info=ScoreLlavaOnevisionInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
+)
+class ScoreLlavaOnevisionForConditionalGeneration(
+    CompressionModelMixin, LlavaOnevisionForConditionalGeneration, SupportsMRoPE
+):
+    """LLaVA-OneVision or LLaVA-Video whose videos enter the language model as S + K rows."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._setup_compression(vllm_config)
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        if self.compressor is not None and self.compressor.needs_saliency:
+            check_saliency_config(vllm_config)
+            self._attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
+            self._attention.attn.register_forward_pre_hook(self._keep)
+
+    @property
+    def learned_row(self) -> torch.Tensor:
+        """The newline."""
+        return self.image_newline
+
+    def image_layout(self, data: Mapping[str, Any], length: int) -> VideoLayout:
+        """An image is a run of tokens."""
+        return sequential_layout(VideoGrid(1, 1, length), [[]], [[]])
+
+    def apply_pooling(self, image_features: torch.Tensor, stride: int = 2) -> torch.Tensor:
+        """[F, N, D] of projected frames [F, P, D]."""
+        return pool_frames(self.config, image_features)
+
+    def _keep(self, module: Any, args: tuple[Any, ...]) -> None:
+        self._captured = args[0], args[1]
+
+    def _saliency(self) -> torch.Tensor | None:
+        """[T, N] of the frames that the tower has just seen: its last layer's attention, pooled like the features."""
+        if self._captured is None:
+            return None
+        # [F, P, heads * d] of this rank's heads.
+        heads, width = self._attention.num_heads_per_partition, self._attention.head_dim
+        query, key = (tensor.reshape(-1, heads, width) for tensor in self._captured)
+        num_frames, self._captured = len(self._captured[0]), None
+        summed = frame_saliency(query, key, num_frames, 1)
+        if self._attention.tp_size > 1:
+            summed = tensor_model_parallel_all_reduce(summed)
+        return pool_frames(self.config, (summed / self._attention.num_heads)[..., None])[..., 0]
+
+    def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
+        video_input = super()._parse_and_validate_video_input(**kwargs)
+        return video_input if self.compressor is None or video_input is None else (video_input, kwargs)
+
+    def _process_video_pixels(self, inputs: Any) -> Any:
+        """Rows of each video, encoded and selected one video at a time."""
+        if self.compressor is None:
+            return super()._process_video_pixels(inputs)
+        videos, fields = inputs
+        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"]))
+
+    def _encode_videos(self, videos: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for pixels in videos:
+            x = self._video_pixels_to_features(self.vision_tower, pixels)
+            yield x.flatten(0, 1), self._saliency()
