@@ -15,7 +15,11 @@ from score_vllm.models.timing import BUCKETS, read_histogram
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 _videos = Counter("score_videos", "Videos that requests brought in.")
-_tokens = Counter("score_visual_tokens", "Tokens of videos: visual before and after compression, and timestamps, markers and newlines.", ["kind"])
+_tokens = Counter(
+    "score_visual_tokens",
+    "Tokens of videos: visual before and after compression, and timestamps, markers and newlines.",
+    ["kind"],
+)
 _ratios = Histogram("score_retention_ratio", "Retention ratio of each video.", buckets=RATIO_BUCKETS)
 for _kind in ("original", "retained", "structure"):
     _tokens.labels(_kind)
