@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -43,25 +42,17 @@ class ClipShape:
         return f"{self.frames} frames of {self.width}x{self.height}"
 
 
-def add_clip_arguments(parser: argparse.ArgumentParser, frames: int) -> None:
-    """``--frames``, ``--height`` and ``--width``: the shape of a clip, the same in every serving benchmark."""
-    parser.add_argument("--frames", type=int, default=frames)
-    parser.add_argument("--height", type=int, default=336)
-    parser.add_argument("--width", type=int, default=448)
-
-
-def draw_frames(shape: ClipShape, seed: int) -> np.ndarray:
+def draw_frames(count: int, height: int, width: int, seed: int) -> np.ndarray:
     """[F, H, W, 3] uint8: a textured ground and a square that crosses it; every seed is another picture."""
     rng = np.random.default_rng(seed)
-    height, width = shape.height, shape.width
     coarse = rng.integers(0, 160, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     ground = coarse.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
-    frames = np.repeat(ground[None], shape.frames, axis=0)
-    side = height // 4
+    frames = np.repeat(ground[None], count, axis=0)
+    side = max(1, height // 4)
     top = int(rng.integers(0, height - side))
     colour = rng.integers(160, 256, 3)
-    for i in range(shape.frames):
-        left = (width - side) * i // (shape.frames - 1)
+    for i in range(count):
+        left = max(0, width - side) * i // (count - 1)
         frames[i, top : top + side, left : left + side] = colour
     return frames
 
@@ -77,7 +68,7 @@ def write_clip(path: Path, shape: ClipShape, seed: int) -> Path:
             stream = container.add_stream("mpeg4", rate=Fraction(2))
             stream.height, stream.width, stream.pix_fmt = shape.height, shape.width, "yuv420p"
             stream.gop_size = 12
-            for picture in draw_frames(shape, seed):
+            for picture in draw_frames(shape.frames, shape.height, shape.width, seed):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode(None))
         os.replace(name, path)

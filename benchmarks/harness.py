@@ -1,8 +1,8 @@
-"""What every benchmark shares: warm-up and repetition, medians and spread, waiting for the device, the machine's name,
-and results files with one schema (:func:`check_results`)."""
+"""What every benchmark shares: argument types, repetition, medians, the machine's name, results files, tables."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -55,6 +55,43 @@ class Sample:
 
     def __str__(self) -> str:
         return f"{self.median:.1f} ± {self.spread:.1f}"
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least ``least``."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def integers(text: str) -> list[int]:
+    """An argparse type: integers of at least 1 with commas between, ascending, each once."""
+    return sorted({at_least(1)(part.strip()) for part in text.split(",")})
+
+
+def ratios(text: str) -> list[float]:
+    """An argparse type: retention ratios in (0, 1] with commas between, descending, each once."""
+    try:
+        found = sorted({float(part) for part in text.split(",") if part.strip()}, reverse=True)
+    except ValueError:
+        found = []
+    if not found or not all(0 < ratio <= 1 for ratio in found):
+        raise argparse.ArgumentTypeError(f"must be numbers in (0, 1] with commas between, got {text!r}")
+    return found
+
+
+def script_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def row_name(ratio: float | None) -> str:
+    """``vanilla`` (None) or ``SCORE 10%``."""
+    return "vanilla" if ratio is None else f"SCORE {100 * ratio:g}%"
 
 
 def synchronize() -> None:
@@ -231,14 +268,8 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]], **facts: Any) -> N
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
-def default_output(benchmark: str, model: str, quick: bool) -> Path:
-    """Where results go unless the caller says otherwise: among the results, or aside for a ``--quick`` run.
-
-    Args:
-        benchmark: name of the script.
-        model: as given to ``--model``; of a path or hub id the last part counts.
-        quick: the run only shows that everything works.
-    """
+def default_output(benchmark: str, model: str, quick: bool = False) -> Path:
+    """Where results go unless the caller says otherwise; what only shows that everything works goes to ``runs/``."""
     return (RUNS if quick else RESULTS) / f"{benchmark}_{Path(model).name}.json"
 
 

@@ -12,9 +12,7 @@ Weights and tokens are random: the time does not depend on their values.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -26,12 +24,25 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import RESULTS, Sample, environment, table, write_results
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.harness import (
+    RESULTS,
+    Sample,
+    Stopwatch,
+    at_least,
+    machine_name,
+    rounds,
+    script_parser,
+    table,
+    write_results,
+)
+from benchmarks.memory import PeakMemory
 from score_vllm.budget import num_retained_tokens
 from score_vllm.kernels import configs, ops, reference
 from score_vllm.layout import grid_layout
+from score_vllm.select import select_retained
 from score_vllm.types import VideoGrid
 
 # T, h, w. The paper's 42,566 tokens are twice a prime, so no real grid has them; this one has 42,560.
@@ -53,31 +64,6 @@ def naive(x: torch.Tensor, weights: ops.PolicyWeights, k: int, channels: torch.T
     scores = (hidden @ weights.w_out.to(x.dtype) + weights.b_out.to(x.dtype)).float().flatten()
     indices = torch.sort(scores, descending=True, stable=True).indices[:k].sort().values
     return torch.cat([x.flatten(0, 1)[indices], channels[indices]], -1), indices, scores
-
-
-def evs(x: torch.Tensor, k: int) -> torch.Tensor:
-    """EVS (arXiv 2510.14624 as vLLM ships it): least cosine similarity to the previous frame; [max(N, K)] indices."""
-    change = 1 - F.cosine_similarity(x[1:], x[:-1], dim=-1)
-    scores = torch.cat([torch.full_like(change[:1], 255.0), change]).flatten()
-    kept = max(k, x.shape[1])
-    return torch.sort(scores, descending=True, stable=True).indices[:kept].sort().values
-
-
-def vidcom2(x: torch.Tensor, retention: float) -> torch.Tensor:
-    """VidCom2's selection: the tokens most unlike the video's and their frame's mean; frame budgets by uniqueness."""
-    frames, per_frame, d = x.shape
-    quiet = x.flatten(0, 1).var(0, correction=0).argsort()[: d // 2]
-    u = F.normalize(x[..., quiet], dim=-1)
-
-    def similarity(centre: torch.Tensor) -> torch.Tensor:
-        distance = (u - centre).square().sum(-1)
-        return sum(torch.exp(-distance / (2 * alpha)) for alpha in (0.125, 0.25, 0.5, 1.0, 2.0))  # type: ignore[return-value]
-
-    to_video, to_frame = similarity(u.mean((0, 1))), similarity(u.mean(1, keepdim=True))  # [T, N]
-    unique = torch.softmax(-to_video.mean(1).float() / 0.01, 0)
-    budget = (retention * (1 + unique - 1 / frames)).clamp(max=1).mul(per_frame).round().clamp(min=1)  # [T]
-    rank = (to_video + to_frame).argsort(1).argsort(1)
-    return (rank < budget[:, None]).flatten().nonzero().flatten()
 
 
 def exact_scores(x: torch.Tensor, weights: ops.PolicyWeights) -> torch.Tensor:
@@ -154,52 +140,24 @@ def time_gpu(call: Callable[[], object]) -> float:
 
 def time_cpu(call: Callable[[], object]) -> float:
     """Milliseconds of one call."""
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def peak_gpu(call: Callable[[], object]) -> int:
-    """Most bytes allocated during a call, beyond those before it; its outputs included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def peak_cpu(call: Callable[[], object]) -> int | None:
-    """Growth of the process's peak resident memory over a call, in bytes; None where Linux does not tell."""
-
-    def read(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found.group(1)) * 1024 if found else 0
-
-    try:
-        # What earlier calls freed but the allocator still holds would hide this call's need.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = read("VmRSS")
+    with Stopwatch() as watch:
         call()
-        return max(0, read("VmHWM") - before)
-    except (OSError, AttributeError):
-        return None
+    return watch.ms
 
 
 def measure(
     calls: dict[str, Callable[[], object]], repeats: int, timer: Callable[[Callable[[], object]], float], label: str
 ) -> dict[str, Sample]:
     """Round robin over the calls, after two untimed rounds."""
-    values: dict[str, list[float]] = {name: [] for name in calls}
-    with tqdm(total=(repeats + 2) * len(calls), desc=label, unit="call") as bar:
-        for turn in range(repeats + 2):
-            for name, call in calls.items():
-                took = timer(call)
-                bar.update()
-                if turn >= 2:
-                    values[name].append(took)
-    return {name: Sample(tuple(v)) for name, v in values.items()}
+    timed = {name: lambda _, call=call: timer(call) for name, call in calls.items()}
+    return {name: Sample(tuple(v)) for name, v in rounds(timed, repeats, warm_up=2, label=label).items()}
+
+
+def peak(call: Callable[[], object]) -> int | None:
+    """Most memory of a call beyond that before it, in bytes."""
+    with PeakMemory() as memory:
+        call()
+    return memory.peak
 
 
 def row(name: str, sample: Sample, case: Case, facts: dict[str, Any], peak: int | None, size: str) -> dict[str, Any]:
@@ -241,11 +199,11 @@ def gpu_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         "GEMM (cuBLAS)": lambda: concatenated @ case.weights.w_in.T,
         "torch": lambda: naive(case.x(), case.weights, case.k, case.channels),
         "compiled torch": lambda: compiled(case.x(), case.weights, case.k, case.channels),
-        "EVS selection": lambda: evs(case.x(), case.k),
-        "VidCom2 selection": lambda: vidcom2(case.x(), RETENTION),
+        "EVS selection": lambda: select_retained(case.x(), case.k, "evs"),
+        "VidCom2 selection": lambda: select_retained(case.x(), case.k, "vidcom2"),
     }
     samples = measure(calls, args.repeats, time_gpu, size)
-    return [row(name, sample, case, facts, peak_gpu(calls[name]), size) for name, sample in samples.items()]
+    return [row(name, sample, case, facts, peak(calls[name]), size) for name, sample in samples.items()]
 
 
 def cpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -265,7 +223,7 @@ def cpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             with torch.no_grad():
                 samples = measure(calls, args.repeats, time_cpu, f"{size} {facts['dtype']}")
                 for name, sample in samples.items():
-                    rows.append(row(name, sample, case, facts, peak_cpu(calls[name]), size))
+                    rows.append(row(name, sample, case, facts, peak(calls[name]), size))
     return rows
 
 
@@ -311,13 +269,13 @@ def summary(r: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     on_gpu = torch.cuda.is_available()
     grids = GPU_GRIDS if on_gpu else CPU_GRIDS
     parser.add_argument("--sizes", nargs="+", choices=list(grids), help="default: all")
     parser.add_argument("--hidden", type=int, default=3584, help="D (default: %(default)s, Qwen2.5-VL-7B)")
     parser.add_argument("--width", type=int, default=512, help="H (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=30 if on_gpu else 7)
+    parser.add_argument("--repeats", type=at_least(1), default=30 if on_gpu else 7)
     parser.add_argument("--tune", action="store_true", help="compare tile shapes of the score kernel (GPU only)")
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/kernels_*.json)")
     args = parser.parse_args()
@@ -331,7 +289,7 @@ def main() -> None:
     out = args.out or RESULTS / name
     arguments = {"hidden": args.hidden, "width": args.width, "repeats": args.repeats, "retention": RETENTION}
     write_results(out, rows, arguments=arguments, threads=torch.get_num_threads(), gpu=on_gpu)
-    print(environment()["machine"])
+    print(machine_name())
     cells = [summary(r) for r in rows]
     print(table(["size", "dtype", "implementation", "ms", "TFLOP/s", "X GB/s", "peak, % of X"], cells))
     print(f"written to {out}")

@@ -12,8 +12,6 @@ untrained weights of the real size, FastVID and HoliTom with a random saliency.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
 import sys
 from functools import partial
@@ -23,9 +21,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from harness import Sample, Stopwatch, machine_name, rounds, table, write_results
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.harness import Sample, Stopwatch, machine_name, rounds, table, write_results
+from benchmarks.memory import PeakMemory
 from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
 
 SIZES = {"small": (16, 192, 1024), "paper-size": (64, 665, 3584)}
@@ -62,42 +62,6 @@ def rows_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
     return rows
 
 
-class PeakMemory:
-    """Highest memory above the start of a ``with`` block, in MiB; None where the system does not tell."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.mib: float | None = None
-        self._start = 0
-
-    @staticmethod
-    def _status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-            return self
-        try:
-            # Give freed memory back first, or the run would reuse it unseen; then reset the high-water mark.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self._start = self._status("VmRSS")
-        except (OSError, AttributeError, StopIteration):
-            self._start = -1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.mib = (torch.cuda.max_memory_allocated() - self._start) / 2**20
-        elif self._start >= 0:
-            self.mib = (self._status("VmHWM") - self._start) / 2**10
-
-
 def fault(first: TokenSelection, second: TokenSelection, keep: int) -> str | None:
     """What is wrong with a method's result, or None."""
     if first.num_retained != keep:
@@ -115,7 +79,7 @@ def check(x: torch.Tensor, ratio: float, arguments: dict[str, Any]) -> dict[str,
     """One row of the table, without times; ``fault`` is set where the result is wrong."""
     total = x.shape[0] * x.shape[1]
     first = select_tokens(x, ratio, **arguments)  # also the warm-up: lazy initialisation is not the method's memory
-    with PeakMemory(x.device) as memory:
+    with PeakMemory() as memory:
         second = select_tokens(x, ratio, **arguments)
     kept = first.kept_per_frame()
     row: dict[str, Any] = {
@@ -123,7 +87,7 @@ def check(x: torch.Tensor, ratio: float, arguments: dict[str, Any]) -> dict[str,
         "variant": arguments["variant"],
         "retention_ratio": ratio,
         "achieved_ratio": first.num_retained / total,
-        "peak_memory_mib": None if memory.mib is None else round(memory.mib, 1),
+        "peak_memory_mib": None if memory.peak is None else round(memory.peak / 2**20, 1),
         "kept_per_frame": {
             "min": int(kept.min()),
             "median": float(statistics.median(kept.tolist())),

@@ -7,8 +7,8 @@
 
 Answers are compared before anything is timed (ratio 1 equals vanilla, exact counts, kept rows at their original
 positions); where a check fails, nothing is timed. Repetitions go round robin over the rows, so that a slow spell of the
-machine hits all of them. What each engine times: prefill_transformers.py, prefill_vllm.py. The FLOP bound: flops.py.
-Milliseconds of a CPU are of that machine alone; the ratio is the result.
+machine hits all of them. What each engine times: prefill/transformers_engine.py, prefill/vllm_engine.py. The FLOP
+bound: prefill/flops.py. Milliseconds of a CPU are of that machine alone; the ratio is the result.
 """
 
 from __future__ import annotations
@@ -16,24 +16,43 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from harness import LOAD_AT_START, RESULTS, machine_name, rounds, table, write_results
-from prefill_presets import ENGINES, SERVED_FAMILIES, Prepared, Preset, checkpoint_preset, load_preset, prepare
-from prefill_table import HEADER, cells, make_row, missing_row, picture
-from report_blocks import save_picture
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-PAPER_RATIOS = (0.4, 0.25, 0.1)
+from benchmarks.harness import (
+    LOAD_AT_START,
+    RESULTS,
+    at_least,
+    machine_name,
+    ratios,
+    rounds,
+    script_parser,
+    write_results,
+)
+from benchmarks.prefill.preset import (
+    ENGINES,
+    PAPER_RATIOS,
+    SERVED_FAMILIES,
+    Prepared,
+    Preset,
+    checkpoint_preset,
+    load_preset,
+    prepare,
+)
+from benchmarks.prefill.rows import CheckError, make_row, missing_row
+from benchmarks.report import publish
+
 # vLLM's own pruning of Qwen2.5-VL; its vidcom2 is for Qwen3-VL, which our plug-in does not serve.
 IN_TREE = ("evs",)
 CHECK_SEED = 10**6
+Rows = list[dict[str, Any]]
 
 
 def on_gpu() -> bool:
@@ -43,33 +62,26 @@ def on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def run_transformers(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def run_transformers(prepared: Prepared, args: argparse.Namespace) -> Iterator[Rows]:
     """Check, then time, transformers' language model behind our compressor; yields the rows."""
-    from prefill_transformers import TransformersEngine
+    from benchmarks.prefill.transformers_engine import TransformersEngine
 
     engine = TransformersEngine(prepared, "cuda" if on_gpu() else "cpu", args.attention)
     engine.check(args.ratios, args.methods)
     print("transformers: kept rows and positions equal a gather of the whole prompt; ratio 1 gives vanilla's logits")
     keys = [(None, None), *[(name, ratio) for name in args.methods for ratio in args.ratios]]
-    calls = {str(key): partial(_call_transformers, engine, *key) for key in keys}
+    calls = {str(key): partial(lambda name, ratio, _: engine.run(ratio, name), *key) for key in keys}
     times = rounds(calls, args.repeats, label="transformers")
     whole, base, rows = prepared.total_tokens(None), times[str((None, None))], []
-    for name, ratio in keys:
-        tokens = prepared.preset.retained_tokens(ratio), prepared.total_tokens(ratio)
-        timed = times[str((name, ratio))]
-        rows.append(make_row("transformers", name, ratio, tokens, timed, base, prepared.shape, whole))
+    for key in keys:
+        tokens = prepared.preset.retained_tokens(key[1]), prepared.total_tokens(key[1])
+        rows.append(make_row("transformers", key, tokens, times[str(key)], base, prepared.shape, whole))
     yield rows
 
 
-def _call_transformers(engine: Any, name: str | None, ratio: float | None, _: int) -> dict[str, float]:
-    out: dict[str, float] = engine.run(ratio, name)
-    return out
-
-
-def run_vllm(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def run_vllm(prepared: Prepared, args: argparse.Namespace) -> Iterator[Rows]:
     """Check, then time, plain vLLM and ours, then vLLM's own pruning where it runs; yields rows as they are done."""
-    from prefill_vllm import VllmEngine, check_compressed
-
+    from benchmarks.prefill.vllm_engine import VllmEngine, check_compressed
     from score_vllm.config import ServingConfig
 
     first, *others = args.methods
@@ -78,16 +90,15 @@ def run_vllm(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict
     score = VllmEngine(prepared, serving, gpu_memory=args.gpu_memory)
     visual, whole = check_compressed(vanilla, score, args.ratios, args.methods, CHECK_SEED)
     print("vllm: tokens equal plain vLLM's at ratio 1; every ratio keeps exactly the tokens it should")
-    keys = [(name, ratio) for name in args.methods for ratio in args.ratios]
-    calls: dict[str, Callable[[int], dict[str, float]]] = {"vanilla": partial(_call_vllm, vanilla, None, None)}
-    calls |= {str(key): partial(_call_vllm, score, *key) for key in keys}
+    keys = [(None, None), *[(name, ratio) for name in args.methods for ratio in args.ratios]]
+    engines = {key: vanilla if key[0] is None else score for key in keys}
+    calls = {str(key): partial(time_vllm, engines[key], *key) for key in keys}
     times = rounds(calls, args.repeats, label="vllm")
-    shape, base = prepared.shape, times["vanilla"]
-    rows = [make_row("vllm", None, None, (visual, whole), base, base, shape, whole)]
-    for name, ratio in keys:
-        kept = prepared.preset.retained_tokens(ratio)
+    rows, base = [], times[str((None, None))]
+    for key in keys:
+        kept = visual if key[1] is None else prepared.preset.retained_tokens(key[1])
         tokens = kept, kept + whole - visual
-        rows.append(make_row("vllm", name, ratio, tokens, times[str((name, ratio))], base, shape, whole))
+        rows.append(make_row("vllm", key, tokens, times[str(key)], base, prepared.shape, whole))
     score.close()
     yield rows
     for method in IN_TREE:
@@ -96,33 +107,33 @@ def run_vllm(prepared: Prepared, args: argparse.Namespace) -> Iterator[list[dict
     vanilla.close()
 
 
-def _call_vllm(engine: Any, name: str | None, ratio: float | None, number: int) -> dict[str, float]:
-    # A new video in every round, no seed below 0 (warm-up rounds have negative numbers), and not the check's.
-    out: dict[str, float] = engine.timed(number % CHECK_SEED, ratio, name)
-    return out
+def time_vllm(engine: Any, name: str | None, ratio: float | None, number: int) -> dict[str, float]:
+    """One prefill about a new video in every round: not the check's, and no seed below 0 (warm-up counts down)."""
+    times: dict[str, float] = engine.timed(number % CHECK_SEED, ratio, name)
+    return times
 
 
 def run_in_tree(
     prepared: Prepared, args: argparse.Namespace, vanilla: Any, method: str, ratio: float, whole: int
 ) -> dict[str, Any]:
     """vLLM's own pruning at one rate, an engine of its own beside plain vLLM; says why where it does not run."""
-    from prefill_vllm import VllmEngine
+    from benchmarks.prefill.vllm_engine import VllmEngine
 
     if args.in_tree == "no" or (args.in_tree == "auto" and not on_gpu()):
         return missing_row("vllm", method, ratio, "vLLM's CPU runner does not strip the columns that its pruning adds")
     try:
         engine = VllmEngine(prepared, pruning=(method, 1 - ratio), gpu_memory=args.gpu_memory)
-        visual, total = engine.counts(engine.run(CHECK_SEED))
-        calls: dict[str, Callable[[int], dict[str, float]]] = {
-            "vanilla": partial(_call_vllm, vanilla, None, None),
-            "pruned": partial(_call_vllm, engine, None, None),
-        }
+        tokens = engine.counts(engine.ask(CHECK_SEED))
+        calls = {name: partial(time_vllm, one, None, None) for name, one in (("vanilla", vanilla), ("pruned", engine))}
         times = rounds(calls, args.repeats, label=f"vLLM's {method} {ratio:g}")
         engine.close()
     except Exception as error:  # a fault of vLLM's own path must not cost the other rows
         return missing_row("vllm", method, ratio, f"{type(error).__name__}: {str(error)[:200]}")
-    row = (visual, total), times["pruned"], times["vanilla"], prepared.shape, whole
-    return make_row("vllm", method, ratio, *row, in_tree=True)
+    timed = times["pruned"], times["vanilla"], prepared.shape, whole
+    return make_row("vllm", (method, ratio), tokens, *timed, in_tree=True)
+
+
+RUNNERS = {"vllm": run_vllm, "transformers": run_transformers}
 
 
 def usable_engines(preset: Preset, family: str, asked: str | None) -> list[str]:
@@ -131,9 +142,8 @@ def usable_engines(preset: Preset, family: str, asked: str | None) -> list[str]:
     Raises:
         ValueError: a named engine is unknown, not installed, or does not serve the family.
     """
-    names = [name.strip() for name in asked.split(",")] if asked else list(preset.engines)
     chosen = []
-    for name in names:
+    for name in [name.strip() for name in asked.split(",")] if asked else preset.engines:
         problem = None
         if name not in ENGINES:
             problem = f"engine must be one of {ENGINES}, got {name!r}"
@@ -154,36 +164,33 @@ def usable_engines(preset: Preset, family: str, asked: str | None) -> list[str]:
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Preset]:
     """The command line, checked, and the preset it names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", help="tiny (default), demo, paper, qwen3-vl-8b, or a .json file")
-    parser.add_argument("--model", help="real weights: a directory or hub id, with the preset's prompt; or 'demo'")
-    parser.add_argument("--policy", help="retention policy directory; default: seeded weights, which cost the same")
-    parser.add_argument("--engines", help=f"of {', '.join(ENGINES)}, with commas between (default: the preset's)")
-    parser.add_argument("--methods", default="score", help="names with commas between, or 'all' (default: %(default)s)")
-    parser.add_argument("--ratios", default="", help="further retention ratios beside 0.4,0.25,0.1; each in (0, 1)")
-    parser.add_argument("--repeats", type=int, help="timed runs per row (default: the preset's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the preset's")
-    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation (default: %(default)s)")
-    parser.add_argument("--in-tree", choices=("auto", "yes", "no"), default="auto", help="vLLM's own pruning (GPU)")
-    parser.add_argument("--gpu-memory", type=float, default=0.3, help="share of the GPU per vLLM engine")
-    parser.add_argument("--output", type=Path, help="results file (default: benchmarks/results/prefill_latency_*.json)")
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", default="tiny", help="tiny (default), demo, paper, qwen3-vl-8b, or a .json file")
+    add("--model", help="real weights: a directory or hub id, with the preset's prompt; or 'demo'")
+    add("--policy", help="retention policy directory; default: seeded weights, which cost the same")
+    add("--engines", help=f"of {', '.join(ENGINES)}, with commas between (default: the preset's)")
+    add("--methods", default="score", help="names with commas between, or 'all' (default: %(default)s)")
+    add("--ratios", type=ratios, default=[], help="further retention ratios beside 0.4,0.25,0.1")
+    add("--repeats", type=at_least(1), help="timed runs per row (default: the preset's)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the preset's")
+    add("--attention", default="sdpa", help="transformers' attn_implementation (default: %(default)s)")
+    add("--in-tree", choices=("auto", "yes", "no"), default="auto", help="vLLM's own pruning (GPU)")
+    add("--gpu-memory", type=float, default=0.3, help="share of the GPU per vLLM engine")
+    add("--output", type=Path, help="results file (default: benchmarks/results/prefill_latency_*.json)")
     args = parser.parse_args(argv)
     from score_vllm import methods
 
     try:
-        name = "demo" if args.model == "demo" else args.preset
-        preset = load_preset(name, repeats=args.repeats, dtype=args.dtype)
+        preset = load_preset("demo" if args.model == "demo" else args.preset, repeats=args.repeats, dtype=args.dtype)
         if args.model and args.model != "demo":
             preset = checkpoint_preset(args.model, preset)
-        further = [float(text) for text in args.ratios.split(",") if text.strip()]
-        if not all(0 < ratio < 1 for ratio in further):
-            raise ValueError(f"--ratios must be numbers in (0, 1) with commas between, got {args.ratios!r}")
-        args.ratios = sorted({*PAPER_RATIOS, *further}, reverse=True)
+        args.ratios = sorted({*PAPER_RATIOS, *args.ratios}, reverse=True)
         named = [name.strip() for name in args.methods.split(",") if name.strip()]
         ours = ["score", *[name for name in methods.names() if name != "score"]]
         args.methods = ours if args.methods == "all" else [methods.get(name).name for name in dict.fromkeys(named)]
-        if not args.methods:
-            raise ValueError("--methods must name at least one method")
+        if not args.methods or 1.0 in args.ratios:
+            raise ValueError("--methods must name at least one method, and --ratios numbers below 1")
         if not 0 < args.gpu_memory < 1:
             raise ValueError(f"--gpu-memory must be in (0, 1), got {args.gpu_memory}")
     except ValueError as error:
@@ -200,11 +207,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if LOAD_AT_START and LOAD_AT_START > 0.5:
         print(f"warning: the load average is {LOAD_AT_START:.1f}; times taken beside other work are no result")
-    from prefill_transformers import CheckError
-
     output = args.output or RESULTS / f"prefill_latency_{preset.name}.json"
-    runners = {"vllm": run_vllm, "transformers": run_transformers}
-    rows: list[dict[str, Any]] = []
+    asked = {key: value for key, value in vars(args).items() if key != "output" and value is not None}
+    arguments = {key: value if isinstance(value, list | int | float) else str(value) for key, value in asked.items()}
+    about = {"name": preset.name, "description": preset.description, "dtype": preset.dtype, "weights": preset.weights}
+    facts = {"benchmark": "prefill_latency", "preset": about, "arguments": arguments, "repeats": args.repeats}
+    rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             prepared = prepare(preset, Path(folder), args.policy)
@@ -215,18 +223,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{machine_name()}; {preset.description}; {preset.dtype}, {args.repeats} repeats")
         for name in engines:
             try:
-                for done in runners[name](prepared, args):
+                # Written as rows are done, so that a later failure does not cost them.
+                for done in RUNNERS[name](prepared, args):
                     rows += done
-                    save(output, rows, preset, args)
+                    write_results(output, rows, **facts)
             except CheckError as error:
                 print(f"correctness check failed: {error}; {name} was not timed", file=sys.stderr)
                 return 1
             free_memory()
-    print(table(HEADER, [cells(row) for row in rows if "not_run" not in row]))
-    for row in rows:
-        if "not_run" in row:
-            print(f"{row['engine']}, {row['row']}: not run: {row['not_run']}")
-    print(f"written: {os.path.relpath(output)}")
+    publish("prefill", output, rows, **facts)
     return 0
 
 
@@ -237,16 +242,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def save(output: Path, rows: list[dict[str, Any]], preset: Preset, args: argparse.Namespace) -> None:
-    """Results as they come, so that a later failure does not cost them; then the picture."""
-    plain = (list, int, float)
-    asked = {key: value for key, value in vars(args).items() if key != "output" and value is not None}
-    arguments = {key: value if isinstance(value, plain) else str(value) for key, value in asked.items()}
-    about = {"name": preset.name, "description": preset.description, "dtype": preset.dtype, "weights": preset.weights}
-    write_results(output, rows, benchmark="prefill_latency", preset=about, arguments=arguments, repeats=args.repeats)
-    save_picture(output, picture)
 
 
 if __name__ == "__main__":

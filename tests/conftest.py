@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import av
@@ -65,13 +62,6 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"shared data not found at {path}; set SCORE_SHARED to its folder")
     return path
-
-
-@pytest.fixture
-def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a module of benchmarks/ as the scripts there do; the path is back to normal after the test."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tqdm import tqdm
 
 from benchmarks.public.answers import Answers, ratio_name
-from benchmarks.public.client import Client, RequestFailed, Videos, request_body
 from benchmarks.public.formats import Question, find_video
 from benchmarks.public.prompts import prompt
+from score_vllm.client import Client, Reply, RequestFailed, chat_body, user_message, video_url
 
+SEND = ("file", "base64", "url")
 PROBED_VIDEOS = 5
 
 
 class ProbeFailed(Exception):
     """The server does not do what the run would measure; the message says what was seen."""
+
+
+@dataclass(frozen=True)
+class Videos:
+    """How videos reach the server.
+
+    Attributes:
+        root: folder of the videos here.
+        send: "file" (a file:// URL that the server opens), "base64" (inside the request) or "url".
+        prefix: for "url" the URL that replaces ``root``; for "file" the same folder as the server sees it, or None.
+    """
+
+    root: Path
+    send: str
+    prefix: str | None = None
+
+    def url(self, path: Path) -> str:
+        """The address of one video; raises OSError where it cannot be read."""
+        if self.prefix is None:
+            return video_url(path, self.send)
+        prefix = self.prefix.rstrip("/")
+        start = prefix if self.send == "url" else f"file://{quote(prefix)}"
+        return f"{start}/{quote(path.relative_to(self.root).as_posix())}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +55,7 @@ class Plan:
         name: the set.
         questions: in the order in which they are asked.
         ratios: each question is asked once per ratio; None leaves it to the server.
-        model, method, variant, max_tokens: fields of every request (``variant`` chooses the prompt).
+        model, method, variant, max_tokens: of every request (``variant`` chooses the prompt).
         max_failures: the run stops after this many failed requests; what was answered is kept.
     """
 
@@ -42,14 +67,33 @@ class Plan:
     variant: str
     max_tokens: int
     max_failures: int
+    videos: Videos
 
-    def body(self, question: Question, ratio: float | None) -> dict[str, Any]:
-        """The request without its video's address, which the client fills in."""
+    async def ask(
+        self, client: Client, question: Question, path: Path, ratio: float | None, max_tokens: int | None = None
+    ) -> Reply:
+        """One question about its video, greedily; the video is read here and not earlier.
+
+        Raises:
+            RequestFailed: no answer, or the video cannot be read.
+        """
         system, text = prompt(self.name, question, self.variant)
-        return request_body(self.model, system, text, "", ratio, self.method, self.max_tokens)
+        try:
+            url = await asyncio.to_thread(self.videos.url, path)
+        except OSError as error:
+            raise RequestFailed(f"the video cannot be read: {error}") from error
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        body = chat_body(
+            self.model,
+            [*messages, user_message(url, text)],
+            max_tokens=max_tokens or self.max_tokens,
+            retention_ratio=ratio,
+            retention_method=self.method,
+        )
+        return await client.chat(body)
 
 
-async def probe(client: Client, plan: Plan, videos: Videos) -> dict[str, Any]:
+async def probe(client: Client, plan: Plan) -> dict[str, Any]:
     """Ask one question at ratio 1 and at every asked ratio, and compare the prompts' lengths.
 
     A stock server accepts ``retention_ratio`` as an unknown field and ignores it; the scores would then be the whole
@@ -63,16 +107,17 @@ async def probe(client: Client, plan: Plan, videos: Videos) -> dict[str, Any]:
         RequestFailed: none of the first five videos could be asked about.
     """
     asked = sorted({ratio for ratio in plan.ratios if ratio is not None and ratio < 1})
-    found = {q.video: (q, path) for q in reversed(plan.questions) if (path := find_video(videos.root, q)) is not None}
+    root = plan.videos.root
+    found = {q.video: (q, path) for q in reversed(plan.questions) if (path := find_video(root, q)) is not None}
     candidates = list(reversed(found.values()))[:PROBED_VIDEOS]
     if not asked or not candidates:
         return {}
 
     async def length(question: Question, path: Path, ratio: float) -> int:
-        reply = await client.ask({**plan.body(question, ratio), "max_tokens": 1}, (videos, path))
+        reply = await plan.ask(client, question, path, ratio, max_tokens=1)
         if reply.prompt_tokens is None:
             raise ProbeFailed("the server reports no usage.prompt_tokens, so compression cannot be verified")
-        said = (reply.report or {}).get("method", plan.method)
+        said = (reply.score or {}).get("method", plan.method)
         if plan.method is not None and said != plan.method:
             raise ProbeFailed(f"--retention-method {plan.method} was asked, and the server used {said!r}")
         return reply.prompt_tokens
@@ -100,16 +145,33 @@ async def probe(client: Client, plan: Plan, videos: Videos) -> dict[str, Any]:
     raise RequestFailed(f"no answer about any of the first {len(candidates)} videos: {problem}")
 
 
-async def ask_all(client: Client, plan: Plan, videos: Videos, answers: Answers, width: int) -> bool:
-    """Ask what has no answer yet, with a progress bar; every answer is in the file as soon as it came.
+async def ask_one(client: Client, plan: Plan, question: Question, ratio: float | None) -> dict[str, Any]:
+    """The record of one request, for :class:`Answers`."""
+    record: dict[str, Any] = {"ratio": ratio_name(ratio), "id": question.id}
+    path = find_video(plan.videos.root, question)
+    if path is None:
+        places = ", ".join(str(plan.videos.root / folder) for folder in question.folders)
+        return record | {"status": "failed", "error": f"video {question.video!r} not found in {places}"}
+    try:
+        reply = await plan.ask(client, question, path, ratio)
+    except RequestFailed as error:
+        return record | {"status": "failed", "error": str(error), "asked": True}
+    return record | {
+        "status": "answered",
+        "text": reply.text or "",
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "finish_reason": reply.finish_reason,
+        "method": (reply.score or {}).get("method"),
+    }
 
-    Args:
-        width: requests prepared at a time; the client's own limit says how many of them are in flight.
+
+async def ask_all(client: Client, plan: Plan, answers: Answers, concurrency: int) -> bool:
+    """Ask what has no answer yet, with a progress bar; every answer is in the file as soon as it came.
 
     Returns:
         False where the run was stopped by ``max_failures``.
     """
-    total = len(plan.questions) * len(plan.ratios)
     todo = [
         (question, ratio)
         for question in plan.questions
@@ -117,42 +179,23 @@ async def ask_all(client: Client, plan: Plan, videos: Videos, answers: Answers, 
         if not answers.answered(ratio_name(ratio), question.id)
     ]
     work = iter(todo)
+    total = len(plan.questions) * len(plan.ratios)
     failures = 0
 
-    async def one(question: Question, ratio: float | None) -> None:
-        nonlocal failures
-        record: dict[str, Any] = {"ratio": ratio_name(ratio), "id": question.id}
-        path = find_video(videos.root, question)
-        if path is None:
-            places = ", ".join(str(videos.root / folder) for folder in question.folders)
-            record |= {"status": "failed", "error": f"video {question.video!r} not found in {places}"}
-        else:
-            try:
-                reply = await client.ask(plan.body(question, ratio), (videos, path))
-                record |= {
-                    "status": "answered",
-                    "text": reply.text,
-                    "prompt_tokens": reply.prompt_tokens,
-                    "completion_tokens": reply.completion_tokens,
-                    "finish_reason": reply.finish_reason,
-                    "method": (reply.report or {}).get("method"),
-                }
-            except RequestFailed as error:
-                failures += 1
-                record |= {"status": "failed", "error": str(error)}
-        answers.add(record)
-
     async def worker(progress: tqdm) -> None:
+        nonlocal failures
         for question, ratio in work:
+            record = await ask_one(client, plan, question, ratio)
+            # A missing file is named as often as it is asked about; it says nothing about the server.
+            failures += record.pop("asked", False)
+            answers.add(record)
+            progress.update()
+            progress.set_postfix({"failed": failures} if failures else {}, refresh=False)
             if failures >= plan.max_failures:
                 return
-            await one(question, ratio)
-            progress.update()
-            if failures:
-                progress.set_postfix(failed=failures, refresh=False)
 
     with tqdm(total=total, initial=total - len(todo), desc=plan.name, unit="request") as progress:
         async with asyncio.TaskGroup() as group:
-            for _ in range(width):
+            for _ in range(concurrency):
                 group.create_task(worker(progress))
     return failures < plan.max_failures or next(work, None) is None

@@ -1,4 +1,8 @@
-"""The command line of the public sets; reached through benchmarks/accuracy.py."""
+"""Accuracy on a public video question set, at one or several retention ratios side by side.
+
+Answers go into a JSON-lines file as they come; the same command, repeated, goes on where it stopped and asks failed
+requests again. With any failed request the score is withheld and the exit status is 1.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, RUNS, table, write_results
-from benchmarks.public.answers import Answers, AnswersError, ratio_name
-from benchmarks.public.client import SEND, Client, RequestFailed, Videos
-from benchmarks.public.evaluate import Plan, ProbeFailed, ask_all, probe
+from benchmarks.harness import RESULTS, RUNS, at_least, table, write_results
+from benchmarks.public.answers import Answers, ratio_name
+from benchmarks.public.evaluate import SEND, Plan, ProbeFailed, Videos, ask_all, probe
 from benchmarks.public.formats import SETS, digest, read_questions
 from benchmarks.public.prompts import VARIANTS
 from benchmarks.public.rows import FormatError
 from benchmarks.public.scoring import Score, score, score_rows
+from score_vllm.client import Client, RequestFailed
 
 SHOWN_FAILURES = 20
-DESCRIPTION = """Accuracy on a public video question set, at one or several retention ratios side by side.
-
-Answers go into a JSON-lines file as they come; the same command, repeated, goes on where it stopped and asks failed
-requests again. With any failed request the score is withheld and the exit status is 1.
-"""
 
 
 def ratio(text: str) -> float | None:
@@ -38,20 +37,6 @@ def ratio(text: str) -> float | None:
     except ValueError:
         message = f"must be a number in (0, 1], or 'default' for the server's own, got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--send", choices=SEND, default="base64", help="file: the server opens the path; base64: inside the request")
     add("--server-videos", default=None, help="--send file: the videos' folder as the server sees it")
     add("--video-base-url", default=None, help="--send url: the URL at which the videos' folder is served")
-    add("--max-tokens", type=positive, default=16, help="most tokens of an answer")
-    add("--limit", type=positive, default=None, help="only the first N questions; not a figure to publish")
-    add("--concurrency", type=positive, default=4, help="most requests in flight")
-    add("--retries", type=natural, default=5, help="repeats of a request after 5xx, 429, timeouts, lost connections")
-    add("--timeout", type=positive, default=1800, help="seconds for one attempt")
-    add("--max-failures", type=positive, default=50, help="stop after this many failed requests")
+    add("--max-tokens", type=at_least(1), default=16, help="most tokens of an answer")
+    add("--limit", type=at_least(1), default=None, help="only the first N questions; not a figure to publish")
+    add("--concurrency", type=at_least(1), default=4, help="most requests in flight")
+    add("--retries", type=at_least(0), default=5, help="of a request, after 5xx, 429, timeouts, lost connections")
+    add("--timeout", type=at_least(1), default=1800, help="seconds for one attempt")
+    add("--max-failures", type=at_least(1), default=50, help="stop after this many failed requests")
     add("--allow-failures", action="store_true", help="score the answered questions even where requests failed")
     add("--no-probe", action="store_true", help="do not verify that the server compresses (the results say so)")
     add(
@@ -102,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         videos = _videos(args)
         return asyncio.run(_main(args, videos))
-    except (FormatError, AnswersError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ProbeFailed, RequestFailed) as error:
@@ -113,6 +98,18 @@ def main(args: argparse.Namespace) -> int:
         return 130
 
 
+async def only_model(client: Client) -> str:
+    """The name of the one model that the endpoint serves.
+
+    Raises:
+        RequestFailed: no answer, or not exactly one model.
+    """
+    names = await client.models()
+    if len(names) != 1:
+        raise RequestFailed(f"{client.base_url}/models lists {names}; choose one with --model")
+    return names[0]
+
+
 async def _main(args: argparse.Namespace, videos: Videos) -> int:
     chosen = SETS[args.benchmark]
     questions = read_questions(args.benchmark, args.data)
@@ -121,12 +118,10 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
         print(f"note: {len(questions)} questions here, {chosen.size} in the published set", file=sys.stderr)
     questions = questions[: args.limit]
     ratios = list(dict.fromkeys(args.retention_ratio))
-    async with Client(args.base_url, args.api_key, args.concurrency, args.retries, args.timeout) as client:
-        model = args.model or await client.only_model()
-        plan = Plan(
-            args.benchmark, questions, ratios, model, args.retention_method, args.prompt, args.max_tokens,
-            args.max_failures,
-        )  # fmt: skip
+    async with Client(args.base_url, args.api_key, timeout=args.timeout, retries=args.retries) as client:
+        model = args.model or await only_model(client)
+        fields = model, args.retention_method, args.prompt, args.max_tokens, args.max_failures, videos
+        plan = Plan(args.benchmark, questions, ratios, *fields)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)
         # A part of a set is no result.
         place = RESULTS if len(questions) == chosen.size else RUNS
@@ -142,8 +137,8 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
         }
         answers = Answers(args.answers or output.with_suffix(".answers.jsonl"), configuration)
         try:
-            probed = {} if args.no_probe else await probe(client, plan, videos)
-            went_through = await ask_all(client, plan, videos, answers, args.concurrency)
+            probed = {} if args.no_probe else await probe(client, plan)
+            went_through = await ask_all(client, plan, answers, args.concurrency)
         finally:
             answers.close()
     scores = [score(chosen, questions, answers, r, args.allow_failures) for r in ratios]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("httpx")
 from score_vllm import num_retained_tokens
 from score_vllm.train.annotate.filters import REASONS
 from score_vllm.train.data.sources import open_source, source_config

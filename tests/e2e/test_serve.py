@@ -24,7 +24,9 @@ from score_vllm.demo import demo_clip, demo_model
 from score_vllm.video import decode_video
 
 openai = pytest.importorskip("openai")
-from .conftest import API_KEY, ROOT, Server, free_port  # noqa: E402
+from benchmarks.serving.process import free_port  # noqa: E402
+
+from .conftest import API_KEY, ROOT, Server  # noqa: E402
 
 RATIOS = (1.0, 0.25, 0.1)
 SHARED_VIDEOS = (

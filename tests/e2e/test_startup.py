@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
-from .conftest import SCORE_SERVE, environment, free_port, start, stop
+from benchmarks.serving.process import free_port, running_process
+
+from .conftest import SCORE_SERVE, environment
 
 
 def test_operator_mistake_is_one_sentence_and_an_exit_code(cache: Path, tmp_path: Path) -> None:
@@ -34,10 +36,12 @@ def test_a_plugin_that_does_not_load_in_the_worker_stops_the_server(cache: Path,
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     env = environment(cache, PYTHONPATH=str(tmp_path), VLLM_WORKER_MULTIPROC_METHOD="spawn")
     log = tmp_path / "log"
-    process = start(["--model", "demo", "--host", "127.0.0.1", "--port", str(free_port())], env, log)
-    try:
-        assert process.wait(240) != 0
-    finally:
-        stop(process)
+    port = free_port()
+    command = [str(SCORE_SERVE), "--model", "demo", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        pytest.raises(RuntimeError, match=r"the server ended with [1-9]"),
+        running_process(command, f"http://127.0.0.1:{port}", log, env, seconds=240),
+    ):
+        pass
     text = log.read_text(errors="replace")
     assert "without SCORE: the plug-in did not load there" in text

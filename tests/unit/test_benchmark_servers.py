@@ -10,17 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-_path = list(sys.path)
-sys.path.append(str(BENCHMARKS))
-try:
-    import bench_model
-    import clips
-    import monitoring
-    import serving
-finally:
-    # benchmarks/kernels.py must not stay importable under the name of Hugging Face's package.
-    sys.path[:] = _path
+pytest.importorskip("psutil")
+from benchmarks import clips
+from benchmarks.serving import model as bench_model
+from benchmarks.serving import monitoring, process, server
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_metrics_are_summed_over_engines() -> None:
@@ -30,7 +25,7 @@ vllm:x_sum{engine="1",model_name="a b"} 2
 score_visual_tokens_total{kind="retained"} 7.0
 vllm:x_bucket{engine="0",le="+Inf"} 3
 process_open_fds 12"""
-    assert monitoring.parse_metrics(page) == {
+    assert server.parse_metrics(page) == {
         "vllm:x_sum": 3.5,
         'score_visual_tokens_total{kind="retained"}': 7.0,
         'vllm:x_bucket{le="+Inf"}': 3.0,
@@ -39,7 +34,6 @@ process_open_fds 12"""
 
 
 def test_memory_of_this_process_is_seen() -> None:
-    pytest.importorskip("psutil")
     before = monitoring.tree_rss(os.getpid())
     block = np.ones(64 << 20, dtype=np.uint8)
     assert monitoring.tree_rss(os.getpid()) - before > len(block) // 2
@@ -62,8 +56,8 @@ def test_clips_are_seeded_distinct_and_read_whole(tmp_path: Path) -> None:
 
 def test_both_servers_run_without_caches(tmp_path: Path) -> None:
     model = bench_model.BenchModel("model", "policy", "a model")
-    options = serving.ServerOptions(model, "float32", 4096, 2048, 16, tmp_path)
-    vanilla, score = (serving.command_line(kind, options, 1234) for kind in serving.KINDS)
+    options = server.ServerOptions(model, "float32", 4096, 16, tmp_path)
+    vanilla, score = (server.command_line(kind, options, 1234) for kind in server.KINDS)
     for command in (vanilla, score):
         assert command[command.index("--mm-processor-cache-gb") + 1] == "0"
         assert "--no-enable-prefix-caching" in command
@@ -71,7 +65,7 @@ def test_both_servers_run_without_caches(tmp_path: Path) -> None:
     assert "score_vllm.server.cli" in score
     assert not any("score_vllm" in word or word in ("--policy", "--retention") for word in vanilla)
     with pytest.raises(ValueError, match="kind must be"):
-        serving.command_line("other", options, 1)
+        server.command_line("other", options, 1)
 
 
 def test_real_weights_need_a_policy() -> None:
@@ -81,21 +75,22 @@ def test_real_weights_need_a_policy() -> None:
 
 KILLED_DRIVER = """
 import subprocess, sys, time
-sys.path.append({benchmarks!r})
-import serving
-serving.end_tidily_when_terminated()
+sys.path.append({root!r})
+from benchmarks.serving import process
+process.end_tidily_when_terminated()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 try:
     print(child.pid, flush=True)
     time.sleep(600)
 finally:
-    serving.stop(child)
+    process.stop(child)
 """
 
 
 def test_a_terminated_driver_ends_its_server() -> None:
-    psutil = pytest.importorskip("psutil")
-    code = KILLED_DRIVER.format(benchmarks=str(BENCHMARKS))
+    import psutil
+
+    code = KILLED_DRIVER.format(root=str(ROOT))
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     child = int(driver.stdout.readline())
@@ -116,3 +111,36 @@ def test_bench_model_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (policy / "policy.safetensors").is_file()
     assert bench_model.ensure_bench_model() == (model, policy)
     assert (model / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+FAKE_SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_process_is_a_server_while_the_body_runs(tmp_path: Path) -> None:
+    port = process.free_port()
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
+    command = [sys.executable, "-c", FAKE_SERVER, str(port)]
+    with process.running_process(command, url, log, dict(os.environ)) as running:
+        assert running.poll() is None
+    assert running.poll() is not None
+
+    def die() -> None:
+        with process.running_process(command, url, log, dict(os.environ)) as running:
+            running.kill()
+            running.wait(60)
+
+    with pytest.raises(RuntimeError, match="the server died during the run"):
+        die()
+    broken = [sys.executable, "-c", "raise SystemExit('no such option')"]
+    with (
+        pytest.raises(RuntimeError, match=r"ended with 1 .*\nno such option"),
+        process.running_process(broken, url, log, dict(os.environ)),
+    ):
+        pass

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 
-
-@pytest.fixture
-def flops(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_module("flops")
+from benchmarks.prefill import flops
+from benchmarks.prefill.preset import PRESETS
 
 
-def shape(flops: ModuleType, **changes: int) -> object:
+def shape(**changes: int) -> object:
     sizes = {
         "hidden_size": 4,
         "intermediate_size": 6,
@@ -27,26 +23,25 @@ def shape(flops: ModuleType, **changes: int) -> object:
     return flops.TextShape(**{**sizes, **changes})
 
 
-def test_hand_worked_count(flops: ModuleType) -> None:
+def test_hand_worked_count() -> None:
     # One layer's weights: q 4x4 = 16, k and v 4x2 each = 16, o 4x4 = 16, MLP 3 x 4x6 = 72; together 120.
     # 3 tokens: projections 2 * 3 * 120 = 720. Causal pairs 1 + 2 + 3 = 6, each 2 * 4 for the score and 2 * 4 for the
     # value: 96. Two layers: 2 * 816 = 1632. Head: 2 * 4 * 10 = 80.
-    assert flops.prefill_flops(shape(flops), 3) == 1712
+    assert flops.prefill_flops(shape(), 3) == 1712
     # One token: 2 * (240 + 16) + 80.
-    assert flops.prefill_flops(shape(flops), 1) == 592
-    assert flops.flop_bound(shape(flops), 3, 1) == pytest.approx(1712 / 592)
-    assert flops.flop_bound(shape(flops), 3, 3) == 1.0
+    assert flops.prefill_flops(shape(), 1) == 592
+    assert flops.flop_bound(shape(), 3, 1) == pytest.approx(1712 / 592)
+    assert flops.flop_bound(shape(), 3, 3) == 1.0
 
 
-def test_heads_wider_than_the_model(flops: ModuleType) -> None:
+def test_heads_wider_than_the_model() -> None:
     # Qwen3's heads need not add up to D: q 4x6, k and v 4x3 each, o 6x4 = 72, MLP 72; 2 * 144 + 4 * 6 for one token.
-    wide = shape(flops, num_hidden_layers=1, head_dim=3)
+    wide = shape(num_hidden_layers=1, head_dim=3)
     assert flops.prefill_flops(wide, 1) == 2 * 144 + 24 + 80
 
 
-def test_paper_shape(flops: ModuleType, benchmark_module: Callable[[str], ModuleType]) -> None:
-    presets = benchmark_module("prefill_presets")
-    config = json.loads((presets.PRESETS / "paper.json").read_text())["config"]
+def test_paper_shape() -> None:
+    config = json.loads((PRESETS / "paper.json").read_text())["config"]
     seven = flops.TextShape.from_config(config)
     # 233,046,016 weights per layer (q and o 3584^2, k and v 3584 x 512, MLP 3 x 3584 x 18944) in 28 layers; per layer
     # and pair 4 * 3584; 42,657 tokens make 909,831,153 pairs.
@@ -56,7 +51,7 @@ def test_paper_shape(flops: ModuleType, benchmark_module: Callable[[str], Module
     assert flops.prefill_flops(seven, 42657) == by_hand == 921_913_052_110_848
 
 
-def test_configs(flops: ModuleType) -> None:
+def test_configs() -> None:
     flat = {
         "hidden_size": 8,
         "intermediate_size": 4,

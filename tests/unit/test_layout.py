@@ -15,7 +15,7 @@ MOUNTED = [name for name in ("kernels", "server", "train") if (ROOT / name).is_d
 
 # Lower rooms first; a module may import from its own room and from lower ones.
 ROOMS = [
-    {"architectures", "budget", "types", "config", "layout", "near_miss", "video"},
+    {"architectures", "budget", "client", "types", "config", "layout", "near_miss", "video"},
     {"kernels"},
     {"policy", "positions"},
     {"methods", "select", "demo", "vision", "catalog"},

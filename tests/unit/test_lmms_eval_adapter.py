@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.metadata
 import tomllib
@@ -12,16 +13,16 @@ from typing import Any
 
 import pytest
 
+from score_vllm.client import Client, RequestFailed
 from score_vllm.integrations.lmms_eval.manifest import (
-    Endpoint,
     EvaluationStopped,
-    RequestError,
     chat_body,
     manifest,
     openai_messages,
+    verify,
     video_url,
 )
-from tests.stub_server import Answer, Stub, completion, compressing, stub_server
+from tests.stub_server import Stub, completion, compressing, stub_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,12 +61,12 @@ def test_a_video_is_one_part(clip: Path) -> None:
 
 def test_what_cannot_be_sent_is_refused(clip: Path, tmp_path: Path) -> None:
     for messages, message in (
-        (user_turn(str(tmp_path / "none.mp4")), "is not there"),
+        (user_turn(str(tmp_path / "none.mp4")), "no such file"),
         (user_turn(str(clip), start_time=1.0), "a part of a video"),
         (user_turn(object()), "a video as object"),
         ([{"role": "user", "content": [{"type": "image", "url": "x.png"}]}], "the task sends image"),
     ):
-        with pytest.raises(RequestError, match=message):
+        with pytest.raises(RequestFailed, match=message):
             openai_messages(messages, "file")
     with pytest.raises(ValueError, match="send must be 'file' or 'base64', got 'frames'"):
         video_url(str(clip), "frames")
@@ -90,51 +91,25 @@ def test_body() -> None:
         "retention_method": "evs",
     }
     assert set(chat_body("m", [], None, None, {})) == {"model", "messages", "max_tokens", "temperature"}
-    with pytest.raises(RequestError, match="num_beams must be 1, got 4"):
+    with pytest.raises(RequestFailed, match="num_beams must be 1, got 4"):
         chat_body("m", [], None, None, {"num_beams": 4})
     with pytest.raises(ValueError, match="retention_ratio must be a number in"):
         chat_body("m", [], 2.0, None, {})
 
 
-def test_endpoint_sends_the_ratio_and_retries(stub: Stub) -> None:
-    seen: list[int] = []
-
-    def reply(body: dict[str, Any]) -> Answer:
-        seen.append(1)
-        return (503, b"busy") if len(seen) < 3 else compressing(body)
-
-    stub.reply = reply
-    endpoint = Endpoint(stub.url, "secret", timeout=10, retries=2, first_wait=0.001)
-    answer = endpoint.chat(chat_body("m", [], 0.25, None, {}))
-    assert answer["usage"]["prompt_tokens"] == 270
-    assert [body["retention_ratio"] for body in stub.bodies] == [0.25] * 3
-    assert stub.headers[0]["Authorization"] == "Bearer secret"
-
-
-@pytest.mark.parametrize(
-    ("answer", "message", "tries"),
-    [
-        ((400, {"error": {"message": "no"}}), "HTTP 400", 1),
-        ((500, b"boom"), r"HTTP 500: boom \(after 2 tries\)", 2),
-        ((200, b"<html>"), "not a chat completion", 1),
-        ((200, {"choices": [{"message": {"content": None}}]}), "not a chat completion with text", 1),
-    ],
-)
-def test_a_failed_request_raises(answer: Answer, message: str, tries: int, stub: Stub) -> None:
-    stub.reply = lambda _: answer
-    with pytest.raises(RequestError, match=message):
-        Endpoint(stub.url, None, timeout=10, retries=1, first_wait=0.001).chat({})
-    assert len(stub.bodies) == tries
-
-
 def test_a_server_that_ignores_the_ratio_is_found_out(stub: Stub) -> None:
-    endpoint = Endpoint(stub.url, None, timeout=10, retries=0)
-    endpoint.verify(chat_body("m", [], 0.25, None, {}))
-    endpoint.verify(chat_body("m", [], 0.25, None, {}))
-    assert [body["retention_ratio"] for body in stub.bodies] == [0.25, 1.0], "looked at once"
+    async def check(body: dict[str, Any]) -> None:
+        async with Client(stub.url) as endpoint:
+            await verify(endpoint, body)
+
+    asyncio.run(check(chat_body("m", [], 0.25, None, {})))
+    assert [body["retention_ratio"] for body in stub.bodies] == [0.25, 1.0]
+    for ratio in (1.0, None):
+        asyncio.run(check(chat_body("m", [], ratio, None, {})))
+    assert len(stub.bodies) == 2, "there is nothing to compare"
     stub.reply = lambda _: completion(prompt_tokens=1000)
-    with pytest.raises(RequestError, match=r"the server ignores .*: 1000 prompt tokens at 0\.25, 1000 at 1"):
-        Endpoint(stub.url, None, timeout=10, retries=0).verify(chat_body("m", [], 0.25, None, {}))
+    with pytest.raises(RequestFailed, match=r"the server ignores .*: 1000 prompt tokens at 0\.25, 1000 at 1"):
+        asyncio.run(check(chat_body("m", [], 0.25, None, {})))
 
 
 def test_the_entry_point_is_declared_and_loads() -> None:

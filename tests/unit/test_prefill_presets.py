@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.prefill import preset as presets
+from benchmarks.prefill.prompt import build_prompt
+from benchmarks.prefill.rows import CheckError
+from benchmarks.prefill.transformers_engine import TransformersEngine, load_language_model
 
-@pytest.fixture
-def presets(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_module("prefill_presets")
 
-
-def test_the_papers_prompt(presets: ModuleType) -> None:
+def test_the_papers_prompt() -> None:
     paper = presets.load_preset("paper")
     assert paper.visual_tokens == 42566
     assert paper.visual_tokens + paper.text_tokens == 42657
@@ -29,17 +27,14 @@ def test_the_papers_prompt(presets: ModuleType) -> None:
 
 # Language model with embeddings and head, as published for Qwen2.5-7B and Qwen3-8B.
 @pytest.mark.parametrize(("name", "parameters"), [("paper", 7_615_616_512), ("qwen3-vl-8b", 8_190_735_360)])
-def test_true_shapes(
-    presets: ModuleType, benchmark_module: Callable, tmp_path: Path, name: str, parameters: int
-) -> None:
-    engine = benchmark_module("prefill_transformers")
+def test_true_shapes(tmp_path: Path, name: str, parameters: int) -> None:
     prepared = presets.prepare(presets.load_preset(name), tmp_path)
     assert not list((tmp_path / "model").glob("*.safetensors"))
-    text, head, shell = engine.load_language_model(prepared, "meta", "sdpa")
+    text, head, shell = load_language_model(prepared, "meta", "sdpa")
     counted = sum(p.numel() for module in (text, head) for p in module.parameters())
     assert counted == parameters
     assert {p.dtype for p in text.parameters()} == {torch.bfloat16}
-    prompt = benchmark_module("prefill_prompt").build_prompt(prepared)
+    prompt = build_prompt(prepared)
     assert len(prompt.input_ids) == prepared.total_tokens(None)
     assert [len(slots) for slots in prompt.slots] == [42560, 6]
     assert int((prompt.input_ids == prepared.config["video_token_id"]).sum()) == 42566
@@ -58,7 +53,7 @@ def test_true_shapes(
     assert torch.equal(cell[2], torch.arange(35).repeat(19))
 
 
-def test_tiny_fits_its_bounds(presets: ModuleType) -> None:
+def test_tiny_fits_its_bounds() -> None:
     for name in ("tiny", "demo"):
         preset = presets.load_preset(name)
         assert not preset.needs_gpu
@@ -82,7 +77,7 @@ def test_tiny_fits_its_bounds(presets: ModuleType) -> None:
         ({"color": "red"}, "color"),
     ],
 )
-def test_wrong_presets_are_named(presets: ModuleType, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_wrong_presets_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     raw = json.loads((presets.PRESETS / "tiny.json").read_text())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**raw, **change}))
@@ -90,22 +85,21 @@ def test_wrong_presets_are_named(presets: ModuleType, tmp_path: Path, change: di
         presets.load_preset(str(path))
 
 
-def test_unknown_names(presets: ModuleType) -> None:
+def test_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"preset must be one of .*paper.*got 'large'"):
         presets.load_preset("large")
     real = presets.checkpoint_preset("org/Some-Model", presets.load_preset("paper"))
     assert (real.name, real.weights, real.visual_tokens) == ("Some-Model", "checkpoint", 42566)
 
 
-def test_a_wrong_place_is_caught(presets: ModuleType, benchmark_module: Callable, tmp_path: Path) -> None:
+def test_a_wrong_place_is_caught(tmp_path: Path) -> None:
     """The engine's own check fails where positions, rows or counts are wrong."""
-    engine_module = benchmark_module("prefill_transformers")
     raw = json.loads((presets.PRESETS / "tiny.json").read_text())
     raw["config"]["text_config"] |= {"num_hidden_layers": 1, "intermediate_size": 64}
     raw |= {"videos": [[4, 4, 6], [1, 2, 3]], "repeats": 1}
     (tmp_path / "small.json").write_text(json.dumps(raw))
     prepared = presets.prepare(presets.load_preset(str(tmp_path / "small.json")), tmp_path / "built")
-    engine = engine_module.TransformersEngine(prepared, "cpu")
+    engine = TransformersEngine(prepared, "cpu")
     engine.check([0.4, 0.1], ["score", "evs", "holitom"])
     select = engine.select
 
@@ -127,5 +121,5 @@ def test_a_wrong_place_is_caught(presets: ModuleType, benchmark_module: Callable
         (fewer, "tokens instead of"),
     ]:
         engine.select = broken
-        with pytest.raises(engine_module.CheckError, match=message):
+        with pytest.raises(CheckError, match=message):
             engine.check([0.4], ["score"])

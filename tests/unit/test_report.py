@@ -1,4 +1,4 @@
-"""README, results and pictures agree; and the check that says so can fail."""
+"""Pages, results and pictures agree; and the check that says so can fail."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.harness import RESULTS
+from benchmarks.report import Block, load_blocks
+from benchmarks.report import __main__ as report
 
 
 @pytest.fixture
-def report(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_module("report")
+def page(tmp_path: Path) -> Path:
+    """A page with every block, written from a copy of the committed results."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    path = tmp_path / "page.md"
+    path.write_text("# Title\n\n" + "".join(f"<!-- {name} -->\n<!-- /{name} -->\n\n" for name in load_blocks()))
+    assert run(path) == 0
+    return path
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> list[str]:
-    """Arguments that point the report at a copy of the pages and results."""
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "benchmarks.md")
-    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
-    pages = [str(tmp_path / name) for name in ("README.md", "benchmarks.md")]
-    return ["--pages", *pages, "--results", str(tmp_path / "results")]
+def run(page: Path, *more: str) -> int:
+    return report.main(["--pages", str(page), "--results", str(page.parent / "results"), *more])
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -50,29 +50,26 @@ def add_results(folder: Path, name: str, total: float = 7.25) -> Path:
     return path
 
 
-def test_committed_files_agree(report: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(["--check"]) == 0, capsys.readouterr().out + "\nrun: python benchmarks/report.py"
+def test_committed_files_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--check"]) == 0, capsys.readouterr().out + "\nrun: python -m benchmarks.report"
 
 
-def test_a_changed_page_is_seen_and_restored(
-    report: ModuleType, copy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "benchmarks.md"
+def test_a_changed_page_is_seen_and_restored(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original = page.read_text()
     start = original.index("<!-- kernels -->")
     place = start + original[start:].index("x |")
     page.write_text(original[: place - 1] + "9" + original[place:])
     changed = page.read_text()
     assert changed != original
-    assert report.main([*copy, "--check"]) == 1
-    assert "--- benchmarks.md as it is" in capsys.readouterr().out
+    assert run(page, "--check") == 1
+    assert "--- page.md as it is" in capsys.readouterr().out
     assert page.read_text() == changed
-    assert report.main(copy) == 0
+    assert run(page) == 0
     assert page.read_text() == original
 
 
 @pytest.mark.parametrize("name", ["kernels_cpu.json", "methods_cpu.json"])
-def test_changed_results_are_seen(report: ModuleType, copy: list[str], tmp_path: Path, name: str) -> None:
+def test_changed_results_are_seen(page: Path, name: str) -> None:
     def slower(document: dict[str, Any]) -> None:
         for row in document["rows"]:
             if row.get("implementation") == "torch":
@@ -80,39 +77,56 @@ def test_changed_results_are_seen(report: ModuleType, copy: list[str], tmp_path:
             elif row.get("method") == "evs":
                 row["ms"] = {"median": 1e6, "spread": 0.0, "values": [1e6]}
 
-    edit(tmp_path / "results" / name, slower)
-    assert report.main([*copy, "--check"]) == 1
-    assert report.main(copy) == 0
-    assert report.main([*copy, "--check"]) == 0
+    edit(page.parent / "results" / name, slower)
+    assert run(page, "--check") == 1
+    assert run(page) == 0
+    assert run(page, "--check") == 0
 
 
-def test_new_results_fill_their_table_and_picture(report: ModuleType, copy: list[str], tmp_path: Path) -> None:
+def test_new_results_fill_their_table_and_picture(page: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert "No GPU has run this yet" in (tmp_path / "benchmarks.md").read_text()
-    path = add_results(tmp_path / "results", "paper")
-    assert report.main([*copy, "--check"]) == 1
-    assert report.main(copy) == 0
-    text = (tmp_path / "benchmarks.md").read_text()
-    assert "7.2 ± 0.0" in text
-    assert "Not run here: vllm, in-tree EVS: for a reason." in text
-    assert report.main([*copy, "--check"]) == 0
+    assert "No GPU has run this yet" in page.read_text()
+    path = add_results(page.parent / "results", "paper")
+    assert run(page, "--check") == 1
+    assert run(page) == 0
+    assert "7.2 ± 0.0" in page.read_text()
+    assert "Not run here: vllm, in-tree EVS: for a reason." in page.read_text()
+    assert run(page, "--check") == 0
     # The same page, but a picture of other results.
     picture = path.with_suffix(".png")
     assert len(picture.read_bytes()) < 60_000
-    add_results(tmp_path / "results", "paper", total=7.2500001)
-    assert report.main([*copy, "--check"]) == 1
-    assert report.main(copy) == 0
+    add_results(page.parent / "results", "paper", total=7.2500001)
+    assert run(page, "--check") == 1
+    assert run(page) == 0
     picture.unlink()
-    assert report.main([*copy, "--check"]) == 1
+    assert run(page, "--check") == 1
 
 
-def test_without_results_a_block_says_so(report: ModuleType, tmp_path: Path) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "none"
-    results.mkdir()
-    readme.write_text("a\n<!-- kernels -->\nold\n<!-- /kernels -->\nb\n<!-- unknown -->\nkept\n<!-- /unknown -->\n")
-    assert report.main(["--pages", str(readme), "--results", str(results)]) == 0
-    want = "a\n<!-- kernels -->\n*Not measured yet.*\n<!-- /kernels -->\nb\n<!-- unknown -->\nkept\n<!-- /unknown -->\n"
-    assert readme.read_text() == want
+def test_without_results_a_block_says_so(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    (tmp_path / "results").mkdir()
+    page.write_text("a\n<!-- kernels -->\nold\n<!-- /kernels -->\nb\n<!-- unknown -->\nkept\n<!-- /unknown -->\n")
+    assert run(page) == 0
+    text = page.read_text()
+    assert text.startswith("a\n<!-- kernels -->\n*Not measured yet.*\n\nThe Triton kernels have not been timed")
+    assert text.endswith("<!-- /kernels -->\nb\n<!-- unknown -->\nkept\n<!-- /unknown -->\n")
+
+
+def test_every_block_has_words_for_no_results() -> None:
+    for name, block in load_blocks().items():
+        assert block.render({}).startswith("*Not measured yet.*"), name
+
+
+def test_links_lead_out_of_docs(page: Path) -> None:
+    """The same block on two pages: from the root, and from one folder below it."""
+    folder = page.parent / "docs"
+    folder.mkdir()
+    (folder / "speed.md").write_text("<!-- methods -->\n<!-- /methods -->\n")
+    both = ["--pages", str(page), str(folder / "speed.md"), "--results", str(page.parent / "results")]
+    assert report.main(both) == 0
+    assert "[methods_cpu.json](../benchmarks/results/methods_cpu.json)" in (folder / "speed.md").read_text()
+    assert "[methods_cpu.json](benchmarks/results/methods_cpu.json)" in page.read_text()
+    assert report.main([*both, "--check"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -124,39 +138,41 @@ def test_without_results_a_block_says_so(report: ModuleType, tmp_path: Path) -> 
         "<!-- kernels -->\n<!-- /kernels -->\n" * 2,
     ],
 )
-def test_broken_markers(report: ModuleType, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "README.md").write_text(text)
-    assert report.main(["--pages", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 2
-    assert "has no partner, is nested, or stands there twice" in capsys.readouterr().err
+def test_broken_markers(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "page.md").write_text(text)
+    assert run(tmp_path / "page.md") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("page.md: marker <!-- ")
+    assert "has no partner, is nested, or stands there twice" in error
 
 
-def test_results_without_a_place_or_of_no_use(
-    report: ModuleType, copy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = tmp_path / "results" / "kernels_cpu.json"
+def test_results_without_a_place_or_of_no_use(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = page.parent / "results" / "kernels_cpu.json"
     edit(results, lambda document: document["rows"][0]["ms"].update(median=1.0))
-    assert report.main(copy) == 2
+    assert run(page) == 2
     assert "kernels_cpu.json: results.rows[0].ms.median is 1.0" in capsys.readouterr().err
     edit(results, lambda document: document.pop("rows"))
-    assert report.main(copy) == 2
+    assert run(page) == 2
     results.write_text("{")
-    assert report.main(copy) == 2
-    shutil.copy(ROOT / "benchmarks" / "results" / "kernels_cpu.json", results)
+    assert run(page) == 2
+    shutil.copy(RESULTS / "kernels_cpu.json", results)
     edit(results, lambda document: document.pop("arguments"))
-    assert report.main(copy) == 2
+    assert run(page) == 2
     assert "block kernels: results lack what it shows" in capsys.readouterr().err
-    page = tmp_path / "benchmarks.md"
+    shutil.copy(RESULTS / "kernels_cpu.json", results)
     page.write_text(page.read_text().replace("<!-- kernels -->\n", "").replace("<!-- /kernels -->\n", ""))
-    assert report.main(copy) == 2
-    assert "no <!-- kernels --> ... <!-- /kernels --> on any page" in capsys.readouterr().err
+    assert run(page) == 2
+    assert "no page has <!-- kernels -->" in capsys.readouterr().err
 
 
-def test_a_block_is_one_function(report: ModuleType, tmp_path: Path, benchmark_module: Callable) -> None:
-    blocks = benchmark_module("report_blocks")
-    (tmp_path / "load.json").write_text('{"rate": 3}')
-    mine = {"load": blocks.Block("load", "load*.json", lambda results: f"{results['load.json']['rate']} a second")}
-    page = tmp_path / "page.md"
-    text = report.render({page: "<!-- load -->\n<!-- /load -->\n"}, tmp_path, mine)
-    assert text == {page: "<!-- load -->\n3 a second\n<!-- /load -->\n"}
-    with pytest.raises(ValueError, match="registered already"):
-        blocks.block("kernels", "x.json")(lambda results: "")
+def test_a_block_is_a_few_lines(tmp_path: Path) -> None:
+    block = Block(
+        pattern="speed*.json",
+        rows=lambda document: (["rate"], [[str(row["rate"])] for row in document["rows"]]),
+        caption=lambda document: "a caption",
+    )
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": [{"rate": 3}]}))
+    written = report.render_blocks(tmp_path, {"speed": block})
+    assert written["speed"] == (
+        "| rate |\n|-----:|\n|    3 |\n\n(a caption; [speed.json](benchmarks/results/speed.json))"
+    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from benchmarks.public.scoring import Accuracy
+from benchmarks.report import load_blocks
+from benchmarks.report.__main__ import picture_source
+
+BLOCKS = load_blocks()
 
 MACHINE = {"environment": {"machine": "a machine"}, "model": "a model"}
 
@@ -63,8 +66,8 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_scaling(benchmark_module: Callable[[str], ModuleType]) -> None:
-    text = benchmark_module("report_blocks.scaling").part(scaling_document(), "scaling_x.json")
+def test_scaling() -> None:
+    text = BLOCKS["scaling"].part(scaling_document(), "scaling_x.json")
     assert cells(text) == [
         ["8", "80 / 20", "4.0x", "4.0x", "20%", "8 / 2", ""],
         ["16", "", "", "", "", "", "refused by score"],
@@ -72,8 +75,8 @@ def test_scaling(benchmark_module: Callable[[str], ModuleType]) -> None:
     assert "context of 2,048 tokens: 60 frames with vanilla, at least 4,096 with SCORE 25%" in text
 
 
-def test_load(benchmark_module: Callable[[str], ModuleType]) -> None:
-    text = benchmark_module("report_blocks.load").part(load_document(), "load_x.json")
+def test_load() -> None:
+    text = BLOCKS["load"].part(load_document(), "load_x.json")
     half, quarter = "0.50 / 0.50 / 0.50", "0.25 / 0.25 / 0.25"
     assert cells(text) == [
         ["SCORE 10%", "1", "2.00x", half, half, half, "0.50x", "0 + 0 of 8 each"],
@@ -81,35 +84,34 @@ def test_load(benchmark_module: Callable[[str], ModuleType]) -> None:
     ]
 
 
-def test_crosscheck(benchmark_module: Callable[[str], ModuleType]) -> None:
+def test_crosscheck() -> None:
     def row(client: str, scale: float) -> dict[str, Any]:
         times = {"ttft_p50_ms": 10 * scale, "ttft_p95_ms": 20 * scale, "tpot_p50_ms": 4 * scale}
         return {"config": "vanilla", "client": client, "failures": 0, "requests_per_second": 3 / scale, **times}
 
     rows = [row("vllm bench serve", 2.0), row("locust", 1.0)]
     document = {**MACHINE, "arguments": {"requests": "24", "concurrency": "4"}, "rows": rows}
-    text = benchmark_module("report_blocks.load").crosscheck_part(document, "crosscheck_x.json")
+    text = BLOCKS["crosscheck"].part(document, "crosscheck_x.json")
     assert cells(text) == [["vanilla", "0.50x", "2.00x", "2.00x", "2.00x", "0 / 0"]]
 
 
-def test_decode(benchmark_module: Callable[[str], ModuleType]) -> None:
+def test_generation() -> None:
     times = {("vanilla", 1): 20.0, ("SCORE 10%", 1): 10.0, ("vanilla", 4): 40.0, ("SCORE 10%", 4): 10.0}
     rows = [{"row": name, "streams": streams, "gap_ms": sample(ms)} for (name, streams), ms in times.items()]
     document = {**MACHINE, "arguments": {"max_tokens": "8", "repeats": "1"}, "rows": rows}
-    text = benchmark_module("report_blocks.load").decode_part(document, "decode_x.json")
+    text = BLOCKS["generation"].part(document, "generation_x.json")
     assert cells(text) == [["1", "0.50x"], ["4", "0.25x"]]
 
 
-def test_public_accuracy(benchmark_module: Callable[[str], ModuleType]) -> None:
+def test_public_accuracy() -> None:
     """From what the public runner writes, withheld figures included."""
-    Accuracy = importlib.import_module("benchmarks.public.scoring").Accuracy
     rows = [
         {"retention_ratio": 1.0, "headline": Accuracy.of([True, True, False, True]).to_json(), "failed": 0},
         {"retention_ratio": 0.1, "headline": None, "failed": 2},
     ]
     rows = [{**row, "prompt_tokens_mean": 1234.4} for row in rows]
     facts = {"title": "A set", "headline": "overall", "asked": 4, "published_size": 2700, "prompt": "official"}
-    text = benchmark_module("report_blocks.accuracy_public").part({**MACHINE, **facts, "rows": rows}, "x.json")
+    text = BLOCKS["accuracy_public"].part({**MACHINE, **facts, "rows": rows}, "x.json")
     figure, tokens, failed = cells(text)
     assert figure[0] == "overall"
     assert figure[1].startswith("75.0 [")
@@ -123,19 +125,11 @@ def test_public_accuracy(benchmark_module: Callable[[str], ModuleType]) -> None:
     ("name", "document"),
     [("scaling", scaling_document()), ("load", load_document()), ("ttft_stages", ttft_document())],
 )
-def test_pictures_carry_what_they_were_drawn_from(
-    benchmark_module: Callable[[str], ModuleType], tmp_path: Path, name: str, document: dict[str, Any]
-) -> None:
+def test_pictures_carry_what_they_were_drawn_from(tmp_path: Path, name: str, document: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    data = benchmark_module(f"report_blocks.{name}").picture(document, "0" * 64)
+    data = BLOCKS[name].picture(document, "0" * 64)
     width, height = struct.unpack(">II", data[16:24])
     assert width > 500
     assert height > 200
     (tmp_path / "x.png").write_bytes(data)
-    assert benchmark_module("report").picture_source(tmp_path / "x.png") == "0" * 64
-
-
-def test_quick_runs_stay_out_of_the_results(benchmark_module: Callable[[str], ModuleType]) -> None:
-    harness = benchmark_module("harness")
-    assert harness.default_output("load", "a/b", False) == harness.RESULTS / "load_b.json"
-    assert harness.default_output("load", "a/b", True) == harness.RESULTS.parents[1] / "runs" / "load_b.json"
+    assert picture_source(tmp_path / "x.png") == "0" * 64

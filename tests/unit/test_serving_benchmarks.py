@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-_path = list(sys.path)
-sys.path += [str(BENCHMARKS), str(BENCHMARKS / "load")]
-try:
-    import aggregate
-    import decode
-    import drive
-    import engine_process
-    import longest_video
-    import plan
-    import stage_split
-    import streaming
-finally:
-    # benchmarks/kernels.py must not stay importable under the name of Hugging Face's package.
-    sys.path[:] = _path
+pytest.importorskip("psutil")
+from benchmarks.serving import aggregate, client, generation, load, scaling, stage_split
 
 
 def sse(*chunks: dict[str, Any], done: bool = True) -> bytes:
@@ -39,15 +26,15 @@ def chunk(text: str, completion: int, **more: Any) -> dict[str, Any]:
 
 def test_events_survive_any_cut() -> None:
     data = sse(chunk("é", 1), chunk("\n", 2))
-    whole = streaming.EventParser().feed(data)
+    whole = client.EventParser().feed(data)
     assert len(whole) == 3
-    parser = streaming.EventParser()
+    parser = client.EventParser()
     assert [event for byte in data for event in parser.feed(bytes([byte]))] == whole
 
 
-def make_answer() -> streaming.Answer:
+def make_answer() -> client.Answer:
     """Sent at 10; tokens at 12 (one), 12.5 (one), 13.5 (two in one chunk)."""
-    answer = streaming.Answer(10.0)
+    answer = client.Answer(10.0)
     answer.feed(sse(chunk("", 0), done=False), 11.9)
     answer.feed(sse(chunk("a", 1), done=False), 12.0)
     answer.feed(sse(chunk("", 2), done=False), 12.5)
@@ -59,15 +46,13 @@ def make_answer() -> streaming.Answer:
 def test_token_times_by_hand() -> None:
     answer = make_answer()
     assert answer.ttft == 2.0, "the role chunk has no token"
-    assert answer.inter_token() == [0.5, 0.5, 0.5], "two tokens in one chunk share its gap"
+    assert answer.gaps() == [0.5, 0.5, 0.5], "two tokens in one chunk share its gap"
     assert answer.tokens == 4
     assert answer.text == "acd"
 
 
-def test_token_ids_are_collected_where_they_were_asked_for() -> None:
-    assert "return_token_ids" not in streaming.chat_body("m", "u", "t", 2, None)
-    assert streaming.chat_body("m", "u", "t", 2, 0.5, token_ids=True)["return_token_ids"] is True
-    answer = streaming.Answer(0.0)
+def test_token_ids_are_collected() -> None:
+    answer = client.Answer(0.0)
     for n, ids in enumerate(([5], None, [6, 7])):
         piece = chunk("", n)
         piece["choices"][0]["token_ids"] = ids
@@ -78,43 +63,39 @@ def test_token_ids_are_collected_where_they_were_asked_for() -> None:
 
 def test_only_gaps_while_all_streams_generate_count() -> None:
     """The first stream's early gaps hold the second one's prefill; the second one's last gap is alone."""
-    first, second = streaming.Answer(0.0), streaming.Answer(0.0)
+    first, second = client.Answer(0.0), client.Answer(0.0)
     first.arrivals = [(1.0, 1), (4.0, 1), (5.0, 1), (6.0, 2)]
     second.arrivals = [(4.0, 1), (5.0, 1), (6.0, 1), (6.25, 1)]
-    assert decode.shared_gaps([first, second]) == [1.0, 0.5, 0.5, 1.0, 1.0]
+    assert generation.shared_gaps([first, second]) == [1.0, 0.5, 0.5, 1.0, 1.0]
+
+
+def request(max_tokens: int, ratio: float | None = None, counts: client.Counts | None = None) -> client.Request:
+    return client.Request("u", "t", max_tokens, ratio, counts)
 
 
 def test_problems_are_named() -> None:
-    assert make_answer().problem(4, 40, 7) is None
-    assert make_answer().problem(4, None, None) is None
-    assert "4 tokens came instead of 5" in str(make_answer().problem(5, 40, 7))
-    assert "40 tokens instead of 41" in str(make_answer().problem(4, 41, 7))
-    assert "[7] retained tokens instead of [8]" in str(make_answer().problem(4, 40, 8))
-    cut = streaming.Answer(0.0)
+    """The prompt had 40 tokens, and 7 of the video's were kept: 0.5 of 14 or 15."""
+    good = client.Counts(15, 33)
+    assert make_answer().problem(request(4, 0.5, good)) is None
+    assert make_answer().problem(request(4)) is None
+    assert "4 tokens came instead of 5" in str(make_answer().problem(request(5, 0.5, good)))
+    assert "40 tokens instead of 41" in str(make_answer().problem(request(4, 0.5, client.Counts(15, 34))))
+    assert "[7] retained tokens instead of [8]" in str(make_answer().problem(request(4, 0.5, client.Counts(16, 32))))
+    assert make_answer().problem(request(4, None, client.Counts(20, 20))) is None, "vanilla reports nothing"
+    cut = client.Answer(0.0)
     cut.feed(sse(chunk("a", 1), done=False), 1.0)
-    assert "without [DONE]" in str(cut.problem(1, 40, None))
-    broken = streaming.Answer(0.0)
+    assert "without [DONE]" in str(cut.problem(request(1)))
+    broken = client.Answer(0.0)
     broken.feed(sse({"error": {"message": "no"}}), 1.0)
-    assert "error event" in str(broken.problem(1, 40, None))
+    assert "error event" in str(broken.problem(request(1)))
     with pytest.raises(ValueError, match="no token"):
         _ = broken.ttft
 
 
 def test_body_leaves_the_ratio_out_for_vanilla() -> None:
-    assert "retention_ratio" not in streaming.chat_body("m", "u", "t", 1, None)
-    assert streaming.chat_body("m", "u", "t", 1, 0.25)["retention_ratio"] == 0.25
-
-
-def test_percentile_is_numpys() -> None:
-    assert aggregate.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert aggregate.percentile([1.0, 2.0], 95) == pytest.approx(1.95)
-    values = list(np.random.default_rng(0).random(37))
-    for q in (0, 1, 50, 95, 99, 100):
-        assert aggregate.percentile(values, q) == pytest.approx(float(np.percentile(values, q)))
-    with pytest.raises(ValueError, match="at least one"):
-        aggregate.percentile([], 50)
-    with pytest.raises(ValueError, match=r"\[0, 100\]"):
-        aggregate.percentile([1.0], 101)
+    assert "retention_ratio" not in request(1).body("m")
+    body = request(1, 0.25).body("m")
+    assert (body["retention_ratio"], body["max_tokens"], body["stream"]) == (0.25, 1, True)
 
 
 def record(sent: float, end: float, ratio: float | None = 0.1, error: str | None = None) -> dict[str, Any]:
@@ -167,34 +148,32 @@ def test_verdicts_say_what_is_met_and_what_is_not() -> None:
     assert len(aggregate.verdicts(rows, [32])) == 1
 
 
-TARGET = plan.Target("http://x", "m", original_tokens=1536, text_tokens=30)
-
-
 def test_a_plan_knows_the_exact_counts() -> None:
-    made = plan.make_requests(TARGET, [Path(f"{i}.mp4") for i in range(4)], (None, 0.1), 4, first=10)
-    assert [request["id"] for request in made] == [10, 11, 12, 13]
-    assert [request["prompt_tokens"] for request in made] == [1566, 183, 1566, 183]
-    assert [request["retained_tokens"] for request in made] == [None, 153, None, 153]
-    assert len({request["clip"] for request in made}) == 4
+    counts, clips = client.Counts(1536, 30), [Path(f"/{i}.mp4") for i in range(4)]
+    made = load.make_requests(counts, clips, (None, 0.1), 4, first=10)
+    assert [one.text for one in made] == [load.question(i) for i in (10, 11, 12, 13)]
+    assert [one.counts.prompt(one.ratio) for one in made if one.counts] == [1566, 183, 1566, 183]
+    assert counts.kept(0.1) == 153
+    assert len({one.url for one in made}) == 4
     with pytest.raises(ValueError, match="as many clips"):
-        plan.make_requests(TARGET, [Path("a")], (0.1,), 2)
+        load.make_requests(counts, clips[:1], (0.1,), 2)
     with pytest.raises(ValueError, match="ratios"):
-        plan.make_requests(TARGET, [Path("a")], (), 1)
+        load.make_requests(counts, clips[:1], (), 1)
 
 
 def test_questions_have_one_length() -> None:
-    assert len({len(plan.question(i)) for i in (0, 9, 10, 9999)}) == 1
+    assert len({len(load.question(i)) for i in (0, 9, 10, 9999)}) == 1
 
 
 def test_configurations() -> None:
-    names = [(config.name, config.ratios) for config in drive.configurations([0.4, 0.1])]
+    names = [(config.name, config.ratios) for config in load.configurations([0.4, 0.1])]
     assert names == [
         ("vanilla", (None,)),
         ("SCORE 40%", (0.4,)),
         ("SCORE 10%", (0.1,)),
         ("SCORE mixed", (1.0, 0.4, 0.1)),
     ]
-    assert len(drive.configurations([0.1])) == 2
+    assert len(load.configurations([0.1])) == 2
 
 
 def spans(*entries: tuple[str, float, float]) -> list[Any]:
@@ -270,7 +249,7 @@ def test_the_longest_that_fits(truth: int) -> None:
         tried.append(frames)
         return frames <= truth
 
-    assert longest_video.longest_that_fits(fits, 8, 1000) == truth
+    assert scaling.longest_that_fits(fits, 8, 1000) == truth
     assert len(tried) == len(set(tried)) <= 18
     if 0 < truth < 1000:
         assert truth + 2 in tried, "the next longer one was refused, not guessed"
@@ -278,30 +257,33 @@ def test_the_longest_that_fits(truth: int) -> None:
 
 def test_the_search_refuses_odd_bounds() -> None:
     with pytest.raises(ValueError, match="even"):
-        longest_video.longest_that_fits(lambda _: True, 7, 100)
+        scaling.longest_that_fits(lambda _: True, 7, 100)
 
 
-FAKE_ENGINE = """
-import json, os, sys
-def answer(content):
-    print("@scaling " + json.dumps({**content, "pid": os.getpid()}), flush=True)
-answer({"ready": True})
-for line in sys.stdin:
-    if json.loads(line)["frames"] > 100:
-        answer({"refused": "out of memory", "ended": True})
-        break
-    answer({"prompt_tokens": 1})
-"""
-
-
-def test_an_engine_that_ran_out_of_memory_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_ran_out_of_memory_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM has not given the failed request up: a second request to the same engine would wait behind it."""
-    (tmp_path / "scaling_worker.py").write_text(FAKE_ENGINE)
-    monkeypatch.setattr(engine_process, "HERE", tmp_path)
-    with engine_process.workers({"x": {"model": "none"}}, tmp_path) as made:
-        before = made["x"].ask(frames=8)
-        assert made["x"].ask(frames=8)["pid"] == before["pid"]
-        assert made["x"].ask(frames=999)["refused"] == "out of memory"
-        after = made["x"].ask(frames=8)
-        assert after["prompt_tokens"] == 1
-        assert after["pid"] != before["pid"]
+    made: list[str] = []
+
+    class Engine:
+        def close(self) -> None:
+            made.append("closed")
+
+    def ask(engine: Any, shape: Any, seed: int, ratio: float | None, tokens: int = 1) -> dict[str, Any]:
+        assert ratio == 0.5
+        if shape.frames <= 20:
+            return {"prompt_tokens": counts(shape.frames).prompt(ratio)}
+        return {"refused": f"{shape.frames} are too many", **({"broken": True} if shape.frames > 24 else {})}
+
+    def counts(frames: int) -> client.Counts:
+        return client.Counts(frames, 7)
+
+    monkeypatch.setattr(scaling, "ask", ask)
+    args = argparse.Namespace(ratio=[0.5], fit_limit=64, fit_tokens=256)
+    size = partial(scaling.ClipShape, height=56, width=56)
+    row = scaling.find_longest("score", lambda: made.append("made") or Engine(), size, counts, args)
+    assert (row["longest_frames"], row["at_limit"], row["refusal"]) == (20, False, "22 are too many")
+    assert made == ["made", "closed", "made", "closed"]
+    wrong = partial(scaling.checked, {"prompt_tokens": 12}, client.Counts(8, 7))
+    assert wrong(0.625)["prompt_tokens"] == 12
+    with pytest.raises(SystemExit, match="12 prompt tokens instead of 15"):
+        wrong(None)

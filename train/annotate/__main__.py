@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.util
 import logging
 import os
 import sys
@@ -157,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     failures = args.output.with_suffix(".failures.jsonl")
 
     async def ask() -> None:
-        async with Teacher(endpoint, args.concurrency) as teacher:
+        async with Teacher(endpoint) as teacher:
             await annotate(items, teacher, judge, log, args.concurrency, args.retry_rejected, args.quiet)
 
     try:
@@ -179,8 +178,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m score_vllm.train.annotate``."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="annotate: %(levelname)s: %(message)s")
-    if importlib.util.find_spec("httpx") is None:
-        sys.exit("annotate: error: httpx is missing; install it with: pip install score-vllm[train]")
     from score_vllm.train.annotate.log import LogError
     from score_vllm.train.annotate.teacher import TeacherError
 

@@ -181,7 +181,7 @@ async def _one(
         answer = await teacher.ask(Path(video), record.prompt)
     except (AnswerError, BrokenSampleError) as error:
         return Outcome(record.key, "failed", video, record.prompt, reason=str(error)), error
-    text = clean(answer.text)
+    text = clean(answer.text or "")
     reason = judge.reason(text, record.prompt, answer.finish_reason)
     shown = text if isinstance(text, str) else repr(text)[:1000]
     return Outcome(record.key, "rejected" if reason else "ok", video, record.prompt, shown, reason), None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -11,13 +11,8 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from score_vllm.budget import check_retention_ratio
-from score_vllm.integrations.lmms_eval.manifest import (
-    Endpoint,
-    EvaluationStopped,
-    RequestError,
-    chat_body,
-    openai_messages,
-)
+from score_vllm.client import SEND, Client, RequestFailed
+from score_vllm.integrations.lmms_eval.manifest import EvaluationStopped, chat_body, openai_messages, verify
 
 
 class ScoreVideoModel(lmms):
@@ -65,33 +60,52 @@ class ScoreVideoModel(lmms):
                 raise TypeError(f"unknown: {', '.join(sorted(unknown))}")
             if retention_ratio is not None:
                 retention_ratio = check_retention_ratio(retention_ratio)
-            if send not in ("file", "base64"):
+            if send not in SEND:
                 raise ValueError(f"send must be 'file' or 'base64', got {send!r}")
             for name, value, least in (("num_concurrent", num_concurrent, 1), ("max_retries", max_retries, 0)):
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-            if not float(timeout) > 0:
-                raise ValueError(f"timeout must be > 0 seconds, got {timeout!r}")
-            self.endpoint = Endpoint(base_url, os.environ.get("OPENAI_API_KEY"), float(timeout), max_retries)
+            key = os.environ.get("OPENAI_API_KEY")
+            self.endpoint = Client(base_url, key, timeout=float(timeout), retries=max_retries)
         except (TypeError, ValueError) as error:
             raise EvaluationStopped(f"error: --model_args of score_vllm: {error}") from error
         self.model, self.send, self.num_concurrent = str(model), send, num_concurrent
         self.retention_ratio, self.retention_method = retention_ratio, retention_method
-        self.check = bool(verify)
+        self._verified = not verify
 
-    def _answer(self, request: Any) -> GenerationResult:
+    async def _answer(self, request: Any, endpoint: Client, slots: asyncio.Semaphore) -> GenerationResult:
         _, doc_to_messages, generation, doc_id, task, split = request.args
-        try:
-            messages = openai_messages(doc_to_messages(self.task_dict[task][split][doc_id]), self.send)
-            body = chat_body(self.model, messages, self.retention_ratio, self.retention_method, dict(generation))
-            if self.check:
-                self.endpoint.verify(body)
-            answer = self.endpoint.chat(body)
-        except RequestError as error:
-            raise EvaluationStopped(f"error: task {task}, document {doc_id}: {error}; no score is given") from error
-        usage = answer.get("usage") or {}
-        counts = TokenCounts(input_tokens=usage.get("prompt_tokens"), output_tokens=usage.get("completion_tokens"))
-        return GenerationResult(text=answer["choices"][0]["message"]["content"], token_counts=counts)
+        async with slots:
+            try:
+                # Read here and not earlier: only as many videos as slots are in memory.
+                document = self.task_dict[task][split][doc_id]
+                messages = await asyncio.to_thread(openai_messages, doc_to_messages(document), self.send)
+                body = chat_body(self.model, messages, self.retention_ratio, self.retention_method, dict(generation))
+                async with self._verifying:
+                    if not self._verified:
+                        await verify(endpoint, body)
+                        self._verified = True
+                reply = await endpoint.chat(body)
+                if reply.text is None:
+                    raise RequestFailed("not a chat completion with text")
+            except RequestFailed as error:
+                raise RequestFailed(f"task {task}, document {doc_id}: {error}") from error
+        counts = TokenCounts(input_tokens=reply.prompt_tokens, output_tokens=reply.completion_tokens)
+        return GenerationResult(text=reply.text, token_counts=counts)
+
+    async def _answer_all(self, requests: list[Any]) -> list[GenerationResult]:
+        slots, self._verifying = asyncio.Semaphore(self.num_concurrent), asyncio.Lock()
+        async with self.endpoint as endpoint:
+            tasks = [asyncio.ensure_future(self._answer(request, endpoint, slots)) for request in requests]
+            try:
+                with tqdm(total=len(tasks), desc="score_vllm", unit="request", disable=self.rank != 0) as progress:
+                    for task in asyncio.as_completed(tasks):
+                        await task
+                        progress.update()
+            finally:
+                for task in tasks:
+                    task.cancel()
+        return [task.result() for task in tasks]
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
         """One answer per request, in their order.
@@ -99,19 +113,10 @@ class ScoreVideoModel(lmms):
         Raises:
             EvaluationStopped: any request failed; those not yet started are not sent.
         """
-        with (
-            ThreadPoolExecutor(max_workers=self.num_concurrent) as pool,
-            tqdm(total=len(requests), desc="score_vllm", unit="request", disable=self.rank != 0) as progress,
-        ):
-            futures = [pool.submit(self._answer, request) for request in requests]
-            for future in futures:
-                future.add_done_callback(lambda _: progress.update())
-            done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in pending:
-                future.cancel()
-            for future in done:
-                future.result()
-        return [future.result() for future in futures]
+        try:
+            return asyncio.run(self._answer_all(requests))
+        except RequestFailed as error:
+            raise EvaluationStopped(f"error: {error}; no score is given") from error
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not supported.

@@ -1,0 +1,1 @@
+"""Benchmarks of this repository; README.md says which script answers which question."""

@@ -1,0 +1,224 @@
+"""What the prefill benchmark runs: model shapes and prompts from presets/*.json, and model folders made from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.prefill.flops import TextShape
+from score_vllm.budget import num_retained_tokens
+from score_vllm.types import VideoGrid
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+ENGINES = ("vllm", "transformers")
+WEIGHTS = ("demo", "recipe", "random", "checkpoint")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+# vLLM's plug-in knows this family alone.
+SERVED_FAMILIES = ("qwen2_5_vl",)
+# Qwen3-VL writes "<12.5 seconds>" before every temporal cell, about seven tokens, and two markers around the cell.
+TIMESTAMP_TOKENS = 7
+SEED = 20260323
+PAPER_RATIOS = (0.4, 0.25, 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and a prompt.
+
+    Attributes:
+        name: of the preset; part of the results file's name.
+        description: in words, for tables.
+        weights: ``demo`` (the embedded demo model), ``recipe`` (the demo's recipe with other sizes: overrides in
+            ``config``), ``random`` (a whole Hugging Face ``config``; weights are drawn on the device), or
+            ``checkpoint`` (``config`` and weights of the directory or hub id in ``model``).
+        dtype: a torch dtype name.
+        needs_gpu: True where a CPU would take hours.
+        videos: token grids. 42,566 tokens, the paper's mean over a benchmark, are twice a prime, so that no one grid
+            has them; 64 x 19 x 35 and a second clip of 6 tokens do.
+        text_tokens: all tokens that are not visual (for Qwen3-VL without timestamps and the markers around cells).
+        engines: in the order in which they run.
+        repeats: timed runs per row.
+        config: see ``weights``.
+        model: see ``weights``.
+    """
+
+    name: str
+    description: str
+    weights: str
+    dtype: str
+    needs_gpu: bool
+    videos: tuple[VideoGrid, ...]
+    text_tokens: int
+    engines: tuple[str, ...]
+    repeats: int
+    config: dict[str, Any] | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, known in (("weights", WEIGHTS), ("dtype", ("float32", "bfloat16", "float16"))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"preset {self.name}: {field} must be one of {known}, got {getattr(self, field)!r}")
+        if not self.engines or not set(self.engines) <= set(ENGINES):
+            raise ValueError(f"preset {self.name}: engines must be some of {ENGINES}, got {self.engines!r}")
+        for field, least in (("text_tokens", 8), ("repeats", 1)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"preset {self.name}: {field} must be an integer >= {least}, got {value!r}")
+        if not self.videos:
+            raise ValueError(f"preset {self.name}: videos must not be empty")
+        if (self.config is None) != (self.weights in ("demo", "checkpoint")):
+            raise ValueError(f"preset {self.name}: config goes with weights 'recipe' and 'random', and only with them")
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of all videos, before compression."""
+        return sum(grid.num_tokens for grid in self.videos)
+
+    def retained_tokens(self, ratio: float | None) -> int:
+        """K summed over the videos; all of them for None (vanilla)."""
+        if ratio is None:
+            return self.visual_tokens
+        return sum(self.retained_of(grid, ratio) for grid in self.videos)
+
+    def retained_of(self, grid: VideoGrid, ratio: float) -> int:
+        """K of one video."""
+        return num_retained_tokens(grid.num_tokens, ratio)
+
+    def structure_tokens(self, family: str) -> int:
+        """Text that the family's format puts between the cells of a video."""
+        cells = sum(grid.t for grid in self.videos)
+        return cells * (TIMESTAMP_TOKENS + 2) if family == "qwen3_vl" else 0
+
+
+def load_preset(name: str, **changes: Any) -> Preset:
+    """Read a preset by name (a file of presets/) or by path (ends in .json).
+
+    Args:
+        name: name or path.
+        changes: fields to replace; None leaves a field as it is.
+
+    Raises:
+        ValueError: no such preset, unknown or missing fields, or a value out of range.
+    """
+    path = Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
+    if not path.is_file():
+        known = sorted(p.stem for p in PRESETS.glob("*.json"))
+        raise ValueError(f"preset must be one of {known} or a .json file, got {name!r}")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        raw["videos"] = tuple(VideoGrid(*grid) for grid in raw["videos"])
+        raw["engines"] = tuple(raw["engines"])
+        preset = Preset(name=path.stem, **raw)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return replace(preset, **{key: value for key, value in changes.items() if value is not None})
+
+
+def checkpoint_preset(model: str, like: Preset) -> Preset:
+    """A real model's weights with the prompt of another preset."""
+    name = Path(model.rstrip("/")).name or "model"
+    return replace(
+        like, name=name, description=f"the weights of {model}", weights="checkpoint", config=None, model=model
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A preset whose model can be loaded.
+
+    Attributes:
+        preset: the preset.
+        path: directory (or hub id) with config, tokenizer and processor, and weights where ``has_weights``.
+        has_weights: False where the engine has to draw them.
+        config: the model's Hugging Face config.
+        policy: directory of a retention policy that fits, or None: seeded weights.
+    """
+
+    preset: Preset
+    path: str
+    has_weights: bool
+    config: dict[str, Any]
+    policy: str | None
+
+    @property
+    def family(self) -> str:
+        """Hugging Face model type."""
+        return str(self.config["model_type"])
+
+    @property
+    def shape(self) -> TextShape:
+        """For counting FLOPs."""
+        return TextShape.from_config(self.config)
+
+    def total_tokens(self, ratio: float | None) -> int:
+        """Length of the prompt."""
+        preset = self.preset
+        return preset.retained_tokens(ratio) + preset.text_tokens + preset.structure_tokens(self.family)
+
+
+def prepare(preset: Preset, folder: Path, policy: str | None = None) -> Prepared:
+    """Build what the preset names.
+
+    Args:
+        preset: the preset.
+        folder: an empty folder to build in.
+        policy: directory of a retention policy; None takes the demo's for the demo, else writes seeded weights.
+
+    Raises:
+        ValueError: the model's family is not one of ``FAMILIES``.
+    """
+    from score_vllm.demo import build_model, ensure_demo
+
+    model = folder / "model"
+    path = str(model)
+    if preset.weights == "demo":
+        demo, demo_policy = ensure_demo()
+        path, policy = str(demo), policy or str(demo_policy)
+    elif preset.weights == "recipe":
+        build_model(model, seed=SEED, dtype=preset.dtype, **(preset.config or {}))
+    elif preset.weights == "random":
+        _write_shell(preset, model)
+    else:
+        path = str(preset.model)
+    config = _read_config(path)
+    if config.get("model_type") not in FAMILIES:
+        raise ValueError(f"{path}: model_type must be one of {FAMILIES}, got {config.get('model_type')!r}")
+    if policy is None:
+        from score_vllm.policy import RetentionPolicy
+
+        policy = str(folder / "policy")
+        width = TextShape.from_config(config).hidden_size
+        RetentionPolicy(width, seed=SEED).save_pretrained(Path(policy), origin="seeded random weights, not trained")
+    return Prepared(preset, path, preset.weights != "random", config, policy)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    from transformers import AutoConfig
+
+    return dict(AutoConfig.from_pretrained(path).to_dict())
+
+
+def _write_shell(preset: Preset, directory: Path) -> None:
+    """A model folder without weights: the preset's config with the demo tokenizer's ids, its tokenizer and processor.
+
+    The demo's tokenizer knows 270 tokens; the vocabulary, and with it the head's width, stays the config's.
+    """
+    from score_vllm.demo import build_model, build_tokenizer
+
+    assert preset.config is not None
+    # A model of the demo's size lends its tokenizer and processor files.
+    build_model(directory)
+    for weights in directory.glob("*.safetensors*"):
+        weights.unlink()
+    config = dict(preset.config)
+    tokenizer = build_tokenizer()
+    for kind, token in (("image", "image_pad"), ("video", "video_pad")):
+        config[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+    for kind in ("vision_start", "vision_end"):
+        config[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}|>")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

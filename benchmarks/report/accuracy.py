@@ -1,0 +1,132 @@
+"""Accuracy: on the synthetic world, of the server against transformers, and on public sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.report import NOT_MEASURED, Block, Document, Lines, link
+from benchmarks.report.plot import GREY, Panel, Series, png
+
+# Ablations and the training variant stay off the first page.
+SERVED = ("score", "evs", "vidcom2", "holitom", "fastvid", "dycoke", "uniform", "random")
+
+
+def world_rows(document: Document) -> tuple[list[str], Lines]:
+    """One line per method, one column per ratio below 1: right answers in percent, with the spread over seeds."""
+    by_key = {(row["method"], row["retention_ratio"]): row for row in document["rows"] if row["retention_ratio"] != 1.0}
+    ratios = sorted({ratio for _, ratio in by_key}, reverse=True)
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        spread = f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
+        # An asked ratio of 10 % of 1,024 tokens is 102 of them: 9.96 %.
+        achieved = row["achieved_ratio"]
+        missed = f" (kept {achieved:.1%})" if abs(achieved - row["retention_ratio"]) > 0.002 else ""
+        return f"{100 * row['accuracy']:.1f}{spread}{missed}"
+
+    names = dict.fromkeys(name for name, _ in by_key)
+    lines = [[name, *(cell(by_key.get((name, ratio))) for ratio in ratios)] for name in names]
+    return ["right answers, %", *(f"{ratio:.0%}" for ratio in ratios)], lines
+
+
+def summary_rows(document: Document) -> tuple[list[str], Lines]:
+    """The rows of what is served, best known first."""
+    header, lines = world_rows(document)
+    served = [line for line in lines if line[0] in SERVED]
+    return header, sorted(served, key=lambda line: SERVED.index(line[0]))
+
+
+def asked(document: Document) -> str:
+    """What the model answers rightly without compression, and how much was asked."""
+    vanilla = next(row for row in document["rows"] if row["method"] == "vanilla")
+    about = f"{document['questions']} held-out questions about {document['clips']} clips"
+    return f"with all tokens {100 * vanilla['accuracy']:.1f}; {about}"
+
+
+def world_caption(document: Document) -> str:
+    """What was asked, and of how many trainings."""
+    seeds = max(len(row["seeds"]) for row in document["rows"])
+    return f"{asked(document)}; trained policies: mean and standard deviation of {seeds} seeds"
+
+
+def world_picture(document: Document, digest: str) -> bytes:
+    """Accuracy against retention ratio; trained policies are solid, bars are the spread over seeds."""
+    rows = document["rows"]
+    vanilla = 100 * next(row for row in rows if row["method"] == "vanilla")["accuracy"]
+    names = dict.fromkeys(row["method"] for row in rows if row["method"] != "vanilla")
+    widest = max(100 * row["retention_ratio"] for row in rows if row["method"] != "vanilla")
+    series = [Series("vanilla (all tokens)", [vanilla] * 2, [0, widest], style={"color": GREY, "linestyle": ":"})]
+    for number, name in enumerate(names):
+        mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["retention_ratio"])
+        trained = bool(mine[0]["seeds"])
+        style = {"linestyle": "-" if trained else "--", "marker": "o" if trained else "x", "color": f"C{number % 10}"}
+        if name == "score":
+            style |= {"color": "black", "linewidth": 2.5}
+        values, places = [100 * row["accuracy"] for row in mine], [100 * row["retention_ratio"] for row in mine]
+        series.append(Series(name, values, places, [100 * (row["spread"] or 0) for row in mine], style=style))
+    title = f"{document['questions']} held-out questions; a model trained from scratch on the synthetic world"
+    return png(title, [Panel("right answers, %", series, x="retention ratio, %")], digest, (8, 5))
+
+
+def served_rows(document: Document) -> tuple[list[str], Lines]:
+    """Served answers that equal the transformers path's, and that are right."""
+    lines = [
+        [f"{row['retention_ratio']:g}", str(row["agree"]), str(row["right"]), str(row["clips"])]
+        for row in document["rows"]
+    ]
+    return ["ratio", "same answer", "right answer", "clips"], lines
+
+
+def served_whole(results: dict[str, Document], _: Any) -> str:
+    """A sentence instead of the table."""
+    if not results:
+        return NOT_MEASURED
+    ((file, document),) = results.items()
+    parts = [f"{row['agree']} of {row['clips']} at ratio {row['retention_ratio']:g}" for row in document["rows"]]
+    said = f"Served answers that equal the transformers path's, token for token: {', '.join(parts)}"
+    return f"{said} ({link(file)})."
+
+
+def public_rows(document: Document) -> tuple[list[str], Lines]:
+    """A column per ratio: the set's own figure in percent with its 95 % interval (withheld where requests failed)."""
+    rows = document["rows"]
+
+    def figure(found: dict[str, Any] | None) -> str:
+        return "withheld" if found is None else "{accuracy:.1f} [{low:.1f}, {high:.1f}]".format(**found)
+
+    def tokens(mean: float | None) -> str:
+        return "-" if mean is None else f"{mean:,.0f}"
+
+    header = [document["title"], *[f"ratio {row['retention_ratio']}" for row in rows]]
+    return header, [
+        [document["headline"], *[figure(row["headline"]) for row in rows]],
+        ["tokens per request", *[tokens(row["prompt_tokens_mean"]) for row in rows]],
+        ["failed", *[str(row["failed"]) for row in rows]],
+    ]
+
+
+def public_caption(document: Document) -> str:
+    """Model, prompt, and whether the whole set was asked."""
+    count, size = document["asked"], document["published_size"]
+    part_of = "" if count == size else f", {count} of {size} questions: not the published set's figure"
+    return f"{document['model']}, {document['prompt']} prompt{part_of}"
+
+
+BLOCKS = {
+    "accuracy": Block(
+        pattern="accuracy_world.json",
+        rows=world_rows,
+        caption=world_caption,
+        picture=world_picture,
+        embed="accuracy",
+    ),
+    "accuracy_summary": Block(pattern="accuracy_world.json", rows=summary_rows, caption=asked),
+    "served_agreement": Block(
+        pattern="served_agreement.json",
+        rows=served_rows,
+        caption=lambda document: "token for token",
+        whole=served_whole,
+    ),
+    "accuracy_public": Block(pattern="accuracy_*_*.json", rows=public_rows, caption=public_caption),
+}

@@ -1,0 +1,215 @@
+"""Accuracy on held-out questions of the synthetic world, for every method and policy, at every ratio, in one run.
+
+    python benchmarks/accuracy.py --benchmark world --policies runs/policies
+
+The model is the embedded demo, trained from scratch on this world: these are answers about what selection loses, not
+claims about a 7B. Clips go through H.264 as a served file does; the tower, the selection and the language model are
+the ones that serve (transformers path; tests/e2e holds the served path against it). First of all ratio 1 must give
+exactly the answers of the uncompressed model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.harness import RESULTS, ratios
+from benchmarks.report import publish
+from score_vllm import RetentionPolicy, VideoGrid, select_tokens
+from score_vllm.train.world.language_stage import Words, forward
+from score_vllm.train.world.question_blocks import blocks_right
+from score_vllm.train.world.render import render
+from score_vllm.train.world.scenes import make_clip
+from score_vllm.train.world.vision_stage import through_codec
+from score_vllm.vision.tower import VisionTower
+
+METHODS = ("random", "uniform", "evs", "vidcom2", "fastvid", "holitom", "dycoke")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An encoded clip and its questions: x [T, N, D] float32, saliency [T, N], (kind, text, answer) each."""
+
+    x: torch.Tensor
+    saliency: torch.Tensor
+    grid: VideoGrid
+    questions: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table before it is run: a registered method, or one trained policy of a family."""
+
+    name: str
+    method: str
+    policy: RetentionPolicy | None = None
+    seed: int | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the world benchmark."""
+    parser.add_argument("--model", default="demo", help="'demo' or a directory trained by score_vllm.train.world.vlm")
+    parser.add_argument(
+        "--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it"
+    )
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1", help="with commas between")
+    parser.add_argument("--clips", type=int, default=160)
+    parser.add_argument("--questions", type=int, default=8, help="per clip, at most")
+    parser.add_argument("--split", default="held_out", help="another name while tuning, so that held_out stays unseen")
+    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy_world.json")
+    parser.add_argument("--threads", type=int, help="of torch")
+
+
+def held_out_clips(model: Path, split: str, count: int, per_clip: int) -> list[HeldOut]:
+    """Render, compress as a video file, and encode the clips of a split."""
+    tower = VisionTower(model)
+    found = []
+    for index in tqdm(range(count), desc="clips", unit="clip"):
+        scene, asked = make_clip(split, index)
+        x, grid, saliency = tower.encode_with_saliency(through_codec(render(scene).frames))
+        found.append(HeldOut(x, saliency, grid, tuple((q.kind, q.text, q.answer) for q in asked[:per_clip])))
+    return found
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, words: Words, clips: Sequence[HeldOut], contender: Contender | None, ratio: float, batch: int = 8
+) -> tuple[list[list[bool]], list[float], float]:
+    """Ask every question of every clip.
+
+    Args:
+        model, words: the language model's.
+        clips: held-out.
+        contender: None keeps all tokens without selecting.
+        ratio: in (0, 1].
+        batch: clips in one forward.
+
+    Returns:
+        ``(right, losses, achieved)``: per clip and question whether the answer is exactly right, the mean
+        cross-entropy of every clip's answers, and the share of tokens that were kept.
+    """
+    right: list[list[bool]] = []
+    losses: list[float] = []
+    kept = total = 0
+    for start in range(0, len(clips), batch):
+        group = clips[start : start + batch]
+        rows, indices = [], []
+        for clip in group:
+            flat = clip.x.flatten(0, 1)
+            if contender is None:
+                rows.append(flat)
+                indices.append(torch.arange(len(flat)))
+            else:
+                made = select_tokens(clip.x, ratio, contender.method, contender.policy, clip.saliency)
+                rows.append(made.embeddings)
+                indices.append(made.indices)
+            kept += len(rows[-1])
+            total += len(flat)
+        grid = group[0].grid
+        for width in sorted({len(clip.questions) for clip in group}):
+            mine = [i for i, clip in enumerate(group) if len(clip.questions) == width]
+            blocks = [[words.block(text, reply) for _, text, reply in group[i].questions] for i in mine]
+            logits, packed = forward(model, words, grid, [rows[i] for i in mine], [indices[i] for i in mine], blocks)
+            ok = blocks_right(logits, packed).view(len(mine), width).tolist()
+            loss = torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none")
+            owner = packed.owners // width
+            for place in range(len(mine)):
+                right.append(ok[place])
+                losses.append(float(loss[owner == place].mean()))
+    return right, losses, kept / total
+
+
+def contenders(methods: Sequence[str], policies: Path | None) -> list[Contender]:
+    """Registered methods, then every trained policy found.
+
+    Raises:
+        FileNotFoundError: the folder holds no policy.
+    """
+    found = [Contender(name, name) for name in methods]
+    if policies is not None:
+        trained = sorted(policies.glob("*-[0-9]*/policy"))
+        if not trained:
+            raise FileNotFoundError(f"--policies {policies}: no folder NAME-SEED/policy in it")
+        for path in trained:
+            name, seed = path.parent.name.rsplit("-", 1)
+            found.append(Contender(name, "score", RetentionPolicy.from_pretrained(path), int(seed)))
+    return found
+
+
+def summarise(name: str, ratio: float, runs: Sequence[dict[str, Any]], vanilla: float) -> dict[str, Any]:
+    """One row from the runs of a contender's seeds; the spread is the sample standard deviation over seeds."""
+    values = [run["accuracy"] for run in runs]
+    kinds = sorted({kind for run in runs for kind in run["kinds"]})
+    return {
+        "method": name,
+        "retention_ratio": ratio,
+        "achieved_ratio": statistics.mean(run["achieved"] for run in runs),
+        "accuracy": statistics.mean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "of_vanilla": statistics.mean(values) / vanilla,
+        "cross_entropy": statistics.mean(run["loss"] for run in runs),
+        "kinds": {kind: statistics.mean(run["kinds"][kind] for run in runs) for kind in kinds},
+        "seeds": {str(run["seed"]): run["accuracy"] for run in runs if run["seed"] is not None},
+    }
+
+
+def measure(clips: Sequence[HeldOut], right: Sequence[Sequence[bool]], losses: Sequence[float]) -> dict[str, Any]:
+    """Accuracy over all questions and by kind, and the mean cross-entropy."""
+    by_kind: dict[str, list[bool]] = {}
+    for clip, answers in zip(clips, right, strict=True):
+        for (kind, _, _), ok in zip(clip.questions, answers, strict=True):
+            by_kind.setdefault(kind, []).append(ok)
+    everything = [ok for answers in right for ok in answers]
+    return {
+        "accuracy": float(np.mean(everything)),
+        "kinds": {kind: float(np.mean(values)) for kind, values in by_kind.items()},
+        "loss": float(np.mean(losses)),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the table; exits with a message where ratio 1 is not the uncompressed model."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    from score_vllm.demo import demo_model
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model_path = demo_model() if args.model == "demo" else Path(args.model)
+    clips = held_out_clips(model_path, args.split, args.clips, args.questions)
+    # One length of question lists per batch keeps batches full.
+    clips.sort(key=lambda clip: len(clip.questions))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).eval()
+    words = Words(AutoTokenizer.from_pretrained(model_path))
+    count = sum(len(clip.questions) for clip in clips)
+
+    right, losses, _ = answer(model, words, clips, None, 1.0)
+    vanilla = measure(clips, right, losses)
+    chosen = contenders([name for name in args.methods.split(",") if name], args.policies)
+    for contender in chosen[:1] + [c for c in chosen if c.policy is not None][:1]:
+        again, _, _ = answer(model, words, clips[:16], contender, 1.0)
+        if again != right[:16]:
+            raise SystemExit(f"{contender.name} at ratio 1 does not answer as the uncompressed model does")
+    rows = [summarise("vanilla", 1.0, [{**vanilla, "achieved": 1.0, "seed": None}], vanilla["accuracy"])]
+    bar = tqdm(total=len(chosen) * len(args.ratios), desc="methods", unit="run")
+    names = list(dict.fromkeys(contender.name for contender in chosen))
+    for ratio in args.ratios:
+        for name in names:
+            runs = []
+            for contender in (c for c in chosen if c.name == name):
+                right, losses, achieved = answer(model, words, clips, contender, ratio)
+                runs.append({**measure(clips, right, losses), "achieved": achieved, "seed": contender.seed})
+                bar.update()
+            rows.append(summarise(name, ratio, runs, vanilla["accuracy"]))
+    bar.close()
+    facts = {"questions": count, "clips": len(clips), "split": args.split, "model": args.model}
+    publish("accuracy", args.output, rows, **facts)
