@@ -33,6 +33,7 @@ def shared_fixture(path: str) -> str:
     return next((name for name in ("server", "engine") if re.search(rf"\b{name}: (Server|Engine)\b", text)), path)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests that share a server or an engine run in one worker; the others stay together by file."""
     from xdist.scheduler import LoadScopeScheduling
