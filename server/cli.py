@@ -15,6 +15,8 @@ from score_vllm.server.options import check_plugins, configure
 
 # Addresses that mean "all of them": a client needs one that it can connect to.
 WILDCARD_HOSTS = (None, "", "0.0.0.0", "::")
+# More than the decoding processes and their queue take together.
+MEDIA_THREADS = 128
 
 
 def banner(args: argparse.Namespace) -> str:
@@ -39,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     """Console entry point."""
     argv = sys.argv[1:] if argv is None else argv
     check_early(argv)
+    # Threads only wait for the decoding processes, whose queue must see every video in order to refuse one too many.
+    os.environ.setdefault("VLLM_MEDIA_LOADING_THREAD_COUNT", str(MEDIA_THREADS))
     if DEMO in argv or f"--model={DEMO}" in argv:
         # A newcomer's first start: the server's own lines, not a hundred of the engine's.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

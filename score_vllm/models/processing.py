@@ -19,12 +19,16 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from score_vllm.budget import check_retention_ratio, num_retained_tokens
 from score_vllm.config import ServingConfig
 from score_vllm.layout import LEARNED, VideoLayout
+from score_vllm.models import media  # noqa: F401  (registers connector and loaders where requests are processed)
+from score_vllm.models.video_options import VideoOptions
 from score_vllm.policy import RetentionPolicy
 from score_vllm.types import VideoGrid
 
 # What a request may say, among vLLM's ``mm_processor_kwargs``.
 RATIO_KEY = "retention_ratio"
 METHOD_KEY = "retention_method"
+OPTIONS_KEY = "video_options"
+OWN_KEYS = (RATIO_KEY, METHOD_KEY, OPTIONS_KEY)
 # The same, resolved to one spec per video, on its way through the processor. It goes no further: vLLM would load a
 # Hugging Face processor for every distinct value.
 SPECS_KEY = "score_specs"
@@ -45,10 +49,11 @@ class RequestFieldError(VLLMValidationError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class VideoSpec:
-    """What one video is compressed by."""
+    """What one video is read and compressed by."""
 
     retention_ratio: float
     method: str
+    options: VideoOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class VideoReport:
     spec: VideoSpec
     position_extent: int
     structure_tokens: int = 0
+    read: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -69,6 +75,7 @@ class VideoReport:
             "retained_tokens": self.retained_tokens,
             "structure_tokens": self.structure_tokens,
             "retention_ratio": self.spec.retention_ratio,
+            **(self.read or {}),
         }
 
 
@@ -129,7 +136,10 @@ class CompressionProcessorMixin:
         asked = inputs.hf_processor_mm_kwargs
         method = self._resolve_method(asked.get(METHOD_KEY))
         ratios = resolve_ratios(asked.get(RATIO_KEY), count, self.serving.retention_ratio)
-        return tuple(VideoSpec(ratio, method) for ratio in ratios)
+        options = asked.get(OPTIONS_KEY) or (VideoOptions(),) * count
+        if len(options) != count or not all(isinstance(option, VideoOptions) for option in options):
+            raise RequestFieldError(f"{OPTIONS_KEY} must hold one VideoOptions per video", OPTIONS_KEY)
+        return tuple(VideoSpec(ratio, method, option) for ratio, option in zip(ratios, options, strict=True))
 
     def _resolve_method(self, asked: Any) -> str:
         assert self.serving is not None
@@ -151,11 +161,11 @@ class CompressionProcessorMixin:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """vLLM's door; adds a ``score`` report of the videos to the result."""
         if self.serving is None:
-            for key in (RATIO_KEY, METHOD_KEY):
+            for key in OWN_KEYS:
                 if key in inputs.hf_processor_mm_kwargs:
                     raise RequestFieldError(f"{key} was given, but this engine runs without SCORE compression", key)
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        kwargs = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k not in (RATIO_KEY, METHOD_KEY)}
+        kwargs = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k not in OWN_KEYS}
         kwargs[SPECS_KEY] = self._resolve_specs(inputs)
         reports: list[VideoReport] = []
         token = _reports.set(reports)
@@ -190,7 +200,10 @@ class CompressionProcessorMixin:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm  # type: ignore[attr-defined]
             hashes["video"] = [
                 MultiModalHasher.hash_kwargs(
-                    algorithm, mm_hash=digest, score=self.serving.cache_key(spec.retention_ratio, spec.method)
+                    algorithm,
+                    mm_hash=digest,
+                    score=self.serving.cache_key(spec.retention_ratio, spec.method),
+                    options=spec.options.cache_key(),
                 )
                 for digest, spec in zip(hashes["video"], specs, strict=True)
             ]
@@ -241,7 +254,8 @@ class CompressionProcessorMixin:
             item = out_mm_kwargs["video"][item_idx]
             layout = VideoLayout.from_tensor(item[LAYOUT_KEY].data)
             kept = int(item[NUM_RETAINED_KEY].data)
-            report = VideoReport(layout.grid, kept, specs[item_idx], layout.extent, layout.structure_tokens)
+            read = _read_of(mm_items, item_idx)
+            report = VideoReport(layout.grid, kept, specs[item_idx], layout.extent, layout.structure_tokens, read)
             # Which vision rows stand between the structure rows is known only after the tower: the ids of the span are
             # right as a multiset, not in order. Nothing reads them but the embedding, which overwrites them.
             structure = [self._video_token_id if token == LEARNED else int(token) for token in layout.ids]
@@ -287,3 +301,9 @@ def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict
     """Our key apart from what belongs to the model's own processor."""
     clean = dict(kwargs)
     return clean.pop(SPECS_KEY, ()), clean
+
+
+def _read_of(mm_items: Any, index: int) -> Mapping[str, Any] | None:
+    """What the loader says it read; None for embeddings and for frames that came without a loader."""
+    metadata = getattr(mm_items["video"], "metadata", None)
+    return getattr(metadata[index], "read", None) if isinstance(metadata, list) else None

@@ -15,7 +15,6 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.layout import VideoLayout, grid_layout
-from score_vllm.models import video_loaders  # noqa: F401  (registers the loaders where requests are processed)
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.qwen import QwenModelMixin, grid_of
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("vllm")
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
-from vllm.multimodal.media.image import ImageMediaIO
-from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from score_vllm import RetentionPolicy
-from score_vllm.config import FIRST_ARCHITECTURE, MEDIA_CONNECTOR
+from score_vllm.config import FIRST_ARCHITECTURE, ServingConfig
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
 from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram
 from score_vllm.server import endpoints
+from score_vllm.server.context import RequestContext
 from score_vllm.video import VideoError
 
 
@@ -116,58 +111,6 @@ def test_loader_options_are_checked(clips: dict[str, Path]) -> None:
         loader.load_bytes(data, max_pixels=64)
 
 
-def test_nothing_of_vllm_is_replaced() -> None:
-    """Another model in the process reads videos as vLLM does."""
-    for owner in (VideoMediaIO, MediaConnector):
-        for name, value in vars(owner).items():
-            assert not getattr(value, "__module__", "").startswith("score_vllm"), name
-    plain = VideoMediaIO(ImageMediaIO(), video_backend="opencv", max_bytes=7)
-    assert video_loaders.limited(plain) is plain
-    assert plain.get_max_bytes() is None
-
-
-def connector(**video: Any) -> MediaConnector:
-    """As vLLM makes it for a request of score-serve."""
-    return MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR, media_io_kwargs={"video": video})
-
-
-def test_downloads_stop_at_our_cap() -> None:
-    """vLLM asks the media class for a size limit while it downloads; its own answer is None."""
-    media = connector(video_backend=video_loaders.PYAV_LOADER, max_bytes=1234)
-    asked: list[int | None] = []
-    media.connection = SimpleNamespace(get_bytes=lambda url, max_bytes, **_: asked.append(max_bytes) or b"")
-    with pytest.raises(VideoError):
-        media.fetch_video("http://127.0.0.1/clip.mp4")
-    assert asked == [1234]
-
-
-def jpeg(width: int, height: int) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height)).save(buffer, "JPEG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def test_jpeg_sequences_meet_the_same_limits() -> None:
-    """vLLM decodes `video/jpeg` data URLs itself, past every loader."""
-    options = {"num_frames": 8, "max_pixels": 64 * 64, "max_output_bytes": 3 * 64 * 64 * 3}
-    media = connector(video_backend=video_loaders.PYAV_LOADER, **options)
-
-    def load(data: str) -> Any:
-        return media.fetch_video(f"data:video/jpeg;base64,{data}")
-
-    frames, _ = load(",".join([jpeg(64, 64)] * 3))
-    assert frames.shape == (3, 64, 64, 3)
-    for data, message in {
-        jpeg(65, 64): "max_pixels = 4096",
-        ",".join([jpeg(64, 64)] * 4): "max_output_bytes",
-        base64.b64encode(b"not a picture").decode(): "not a picture",
-    }.items():
-        with pytest.raises(VideoError, match=message):
-            load(data)
-        with pytest.raises(VideoError, match=message):
-            asyncio.run(media.fetch_video_async(f"data:video/jpeg;base64,{data}"))
-
-
 def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -202,9 +145,7 @@ def test_streams_without_answers_pass_through(chunks: list[str]) -> None:
             yield chunk
 
     async def collect() -> list[str]:
-        from score_vllm.config import ServingConfig
-
-        context = endpoints._RequestContext(None)
-        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), context)]
+        request = RequestContext(None)
+        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), request)]
 
     assert asyncio.run(collect()) == [*chunks, "data: [DONE]\n\n"]
