@@ -21,10 +21,6 @@ Lines = list[list[str]]
 NOT_MEASURED = "*Not measured yet.*"
 
 
-def _nothing(_: Document) -> str:
-    return ""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One kind of results file.
@@ -32,7 +28,7 @@ class Block:
     Attributes:
         pattern: glob of its files.
         rows: header and lines of the table.
-        caption: in words; the link to the file is added.
+        caption: in words, with fields of the document in braces; the link to the file is added.
         before, after: paragraphs between table and caption, and after it.
         picture: the document and a digest to the bytes of a PNG, which stands beside the file under its name.
         embed: alternative text of a picture that is shown, and not only linked.
@@ -41,9 +37,9 @@ class Block:
 
     pattern: str
     rows: Callable[[Document], tuple[Sequence[str], Lines]]
-    caption: Callable[[Document], str]
-    before: Callable[[Document], str] = _nothing
-    after: Callable[[Document], str] = _nothing
+    caption: str | Callable[[Document], str]
+    before: Callable[[Document], str] = lambda _: ""
+    after: Callable[[Document], str] = lambda _: ""
     picture: Callable[[Document, str], bytes] | None = None
     embed: str = ""
     whole: Callable[[dict[str, Document], Callable[[Document, str], str]], str] | None = None
@@ -52,7 +48,8 @@ class Block:
         """Markdown of one results file."""
         image = f"(benchmarks/results/{Path(file).stem}.png)" if self.picture and "schema" in document else ""
         links = link(file) + (f", [picture]{image}" if image and not self.embed else "")
-        caption = f"({self.caption(document)}; {links})"
+        words = self.caption.format(**document) if isinstance(self.caption, str) else self.caption(document)
+        caption = f"({words}; {links})"
         shown = f"![{self.embed}]{image}" if image and self.embed else ""
         parts = [table(*self.rows(document)), self.before(document), caption, self.after(document), shown]
         return "\n\n".join(part for part in parts if part)

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
-import struct
 import sys
 from pathlib import Path
-from typing import Any
 
-from benchmarks.harness import RESULTS, check_results, script_parser, write_atomically
+from PIL import Image
+
+from benchmarks.harness import RESULTS, read_results, script_parser, write_atomically
 from benchmarks.report import Block, draw, file_digest, load_blocks
 
 ROOT = RESULTS.parents[1]
@@ -26,51 +25,24 @@ ROOT = RESULTS.parents[1]
 MARKER = re.compile(r"^<!-- (/?)(?!run )([a-z0-9_]+) -->$", re.MULTILINE)
 
 
-class ReportError(Exception):
-    """A page or the results cannot be used; the message says where and why."""
-
-
 def pages() -> list[Path]:
     """README.md and every page of docs/."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A results file; one with an ``environment`` is checked against the harness's schema.
-
-    Raises:
-        ReportError: not JSON, or not of the schema.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError("must hold a JSON object")
-        return check_results(document) if "environment" in document else document
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path.name}: {error}") from error
 
 
 def spans(text: str, page: str) -> dict[str, tuple[int, int]]:
     """Where the content of each marked block begins and ends.
 
     Raises:
-        ReportError: a marker without its partner, nested, or twice.
+        ValueError: a marker without its partner, nested, or twice.
     """
     found: dict[str, tuple[int, int]] = {}
-    opened: re.Match[str] | None = None
-
-    def broken(match: re.Match[str]) -> ReportError:
-        return ReportError(f"{page}: marker {match[0]} has no partner, is nested, or stands there twice")
-
-    for match in MARKER.finditer(text):
-        closes, name = bool(match[1]), match[2]
-        if closes != (opened is not None) or (opened is not None and opened[2] != name) or name in found:
-            raise broken(match)
-        if opened is not None:
-            found[name] = opened.end() + 1, match.start()
-        opened = None if closes else match
-    if opened is not None:
-        raise broken(opened)
+    markers = list(MARKER.finditer(text))
+    for opened, closed in zip(markers[::2], [*markers[1::2], None], strict=False):
+        name = opened[2]
+        if closed is None or opened[1] or not closed[1] or closed[2] != name or name in found:
+            raise ValueError(f"{page}: marker {opened[0]} has no partner, is nested, or stands there twice")
+        found[name] = opened.end() + 1, closed.start()
     return found
 
 
@@ -78,14 +50,15 @@ def render_blocks(results: Path, blocks: dict[str, Block]) -> dict[str, str]:
     """Every block from the results.
 
     Raises:
-        ReportError: results are unreadable, or lack what the block shows.
+        ValueError: results are unreadable, or lack what the block shows.
     """
     written = {}
     for name, block in blocks.items():
+        documents = {file.name: read_results(file) for file in sorted(results.glob(block.pattern))}
         try:
-            written[name] = block.render({file.name: read(file) for file in sorted(results.glob(block.pattern))})
+            written[name] = block.render(documents)
         except (KeyError, TypeError, IndexError) as error:
-            raise ReportError(f"block {name}: results lack what it shows: {error!r}") from error
+            raise ValueError(f"block {name}: results lack what it shows: {error!r}") from error
     return written
 
 
@@ -102,17 +75,11 @@ def fill(text: str, page: Path, written: dict[str, str]) -> str:
 
 
 def picture_source(path: Path) -> str | None:
-    """The digest of the results that a picture was drawn from, out of its PNG text; None where there is none."""
+    """The digest of the results that a picture was drawn from; None where there is no picture, or no digest in it."""
     if not path.is_file():
         return None
-    data, place = path.read_bytes(), 8
-    while place + 8 <= len(data):
-        length, kind = struct.unpack(">I4s", data[place : place + 8])
-        content = data[place + 8 : place + 8 + length]
-        if kind == b"tEXt" and content.startswith(b"Results\0"):
-            return content.split(b"\0", 1)[1].decode("latin-1")
-        place += 12 + length
-    return None
+    with Image.open(path) as image:
+        return image.info.get("Results")
 
 
 def stale_pictures(results: Path, blocks: dict[str, Block]) -> list[tuple[Path, Block]]:
@@ -122,7 +89,7 @@ def stale_pictures(results: Path, blocks: dict[str, Block]) -> list[tuple[Path, 
         for block in blocks.values()
         for file in (sorted(results.glob(block.pattern)) if block.picture else [])
         # Files older than the schema were written before there were pictures.
-        if "schema" in read(file) and picture_source(file.with_suffix(".png")) != file_digest(file)
+        if "schema" in read_results(file) and picture_source(file.with_suffix(".png")) != file_digest(file)
     ]
 
 
@@ -134,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     new = {page: fill(text, page, written) for page, text in old.items()}
     for name, block in blocks.items():
         if any(args.results.glob(block.pattern)) and not any(f"<!-- {name} -->" in text for text in old.values()):
-            raise ReportError(f"no page has <!-- {name} --> ... <!-- /{name} -->, and there are results for it")
+            raise ValueError(f"no page has <!-- {name} --> ... <!-- /{name} -->, and there are results for it")
     stale = stale_pictures(args.results, blocks)
     changed = [page for page in args.pages if old[page] != new[page]]
     if args.check:
@@ -147,10 +114,10 @@ def run(args: argparse.Namespace) -> int:
         return int(bool(changed or stale))
     for file, block in stale:
         draw(block, file)
-        print(f"written: {file.with_suffix('.png')}")
     for page in changed:
         write_atomically(page, new[page].encode())
-        print(f"written: {page}")
+    for path in [*changed, *(file.with_suffix(".png") for file, _ in stale)]:
+        print(f"written: {path}")
     return 0
 
 
@@ -164,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     args.pages = args.pages or pages()
     try:
         return run(args)
-    except (OSError, ReportError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
     except ImportError as error:
         print(f"no pictures: {error} (extra 'bench')", file=sys.stderr)

@@ -125,7 +125,7 @@ BLOCKS = {
     "served_agreement": Block(
         pattern="served_agreement.json",
         rows=served_rows,
-        caption=lambda document: "token for token",
+        caption="token for token",
         whole=served_whole,
     ),
     "accuracy_public": Block(pattern="accuracy_*_*.json", rows=public_rows, caption=public_caption),

@@ -8,11 +8,7 @@ from benchmarks.report import Block, Document, Lines
 from benchmarks.report.plot import COLOURS, GREY, Panel, Series, png
 
 MIB = 2**20
-
-
-def where(document: Document) -> str:
-    """Machine and model."""
-    return f"{document['environment']['machine']}; {document['model']}"
+WHERE = "{environment[machine]}; {model}"
 
 
 def clip_of(document: Document) -> str:
@@ -37,12 +33,6 @@ def load_rows(document: Document) -> tuple[list[str], Lines]:
         lines.append([*line, f"{row['failures']} + {base['failures']} of {row['requests']} each"])
     names = ["TTFT", "between tokens", "whole answer", "memory", "failed, ours + vanilla's"]
     return ["", "users", "throughput", *names], lines
-
-
-def load_caption(document: Document) -> str:
-    """How to read the table."""
-    how = "multiples of vanilla vLLM's at the same number of users; latencies: p50 / p95 / p99, below 1 is better"
-    return f"{how}; {where(document)}"
 
 
 def load_picture(document: Document, digest: str) -> bytes:
@@ -84,12 +74,6 @@ def crosscheck_rows(document: Document) -> tuple[list[str], Lines]:
     return [*header, f"failed, {client} / bench"], lines
 
 
-def crosscheck_caption(document: Document) -> str:
-    """Requests and users."""
-    run = "{requests} requests, {concurrency} users".format(**document["arguments"])
-    return f"{run}, both clients saw exactly the right prompt tokens; {where(document)}"
-
-
 def generation_rows(document: Document) -> tuple[list[str], Lines]:
     """One line per number of streams: the gap between tokens of each row as a multiple of vanilla's."""
     by_key = {(row["streams"], row["row"]): row["gap_ms"]["median"] for row in document["rows"]}
@@ -99,13 +83,6 @@ def generation_rows(document: Document) -> tuple[list[str], Lines]:
         for streams in dict.fromkeys(streams for streams, _ in by_key)
     ]
     return ["streams at once", *names], lines
-
-
-def generation_caption(document: Document) -> str:
-    """Tokens and rounds."""
-    return "{max_tokens} tokens per stream, medians of {repeats} rounds; ".format(**document["arguments"]) + where(
-        document
-    )
 
 
 def ttft_rows(document: Document) -> tuple[list[str], Lines]:
@@ -179,7 +156,7 @@ def scaling_longest(document: Document) -> str:
 def scaling_caption(document: Document) -> str:
     """Ratio, size and repeats."""
     run = "frames of {width}x{height}, medians of {repeats}".format(**document["arguments"])
-    return f"{scaled_ratio(document)}; {run}; {where(document)}"
+    return f"{scaled_ratio(document)}; {run}; {WHERE.format(**document)}"
 
 
 def scaling_picture(document: Document, digest: str) -> bytes:
@@ -214,14 +191,26 @@ def scaling_picture(document: Document, digest: str) -> bytes:
 
 
 BLOCKS = {
-    "load": Block(pattern="load_*.json", rows=load_rows, caption=load_caption, picture=load_picture),
-    "generation": Block(pattern="generation_*.json", rows=generation_rows, caption=generation_caption),
-    "crosscheck": Block(pattern="crosscheck_*.json", rows=crosscheck_rows, caption=crosscheck_caption),
+    "load": Block(
+        pattern="load_*.json",
+        rows=load_rows,
+        caption="multiples of vanilla vLLM's at the same number of users; "
+        "latencies: p50 / p95 / p99, below 1 is better; " + WHERE,
+        picture=load_picture,
+    ),
+    "generation": Block(
+        pattern="generation_*.json",
+        rows=generation_rows,
+        caption="{arguments[max_tokens]} tokens per stream, medians of {arguments[repeats]} rounds; " + WHERE,
+    ),
+    "crosscheck": Block(
+        pattern="crosscheck_*.json",
+        rows=crosscheck_rows,
+        caption="{arguments[requests]} requests, {arguments[concurrency]} users, both clients saw exactly the right "
+        "prompt tokens; " + WHERE,
+    ),
     "ttft_stages": Block(
-        pattern="ttft_stages_*.json",
-        rows=ttft_rows,
-        caption=lambda document: f"medians; {where(document)}",
-        picture=ttft_picture,
+        pattern="ttft_stages_*.json", rows=ttft_rows, caption="medians; " + WHERE, picture=ttft_picture
     ),
     "scaling": Block(
         pattern="scaling_*.json",

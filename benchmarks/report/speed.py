@@ -26,12 +26,6 @@ def methods_rows(document: Document) -> tuple[list[str], Lines]:
     return ["method", *[f"time at {100 * ratio:g}%" for ratio in ratios], kept], lines
 
 
-def methods_caption(document: Document) -> str:
-    """Machine, shape and repeats."""
-    shape = "T = {T}, N = {N}, D = {D}, {dtype}, {content}".format(**document["video"])
-    return f"times `score`'s on {document['environment']['machine']}; {shape}; medians of {document['repeats']}"
-
-
 def kernels_rows(document: Document) -> tuple[list[str], Lines]:
     """One line per size and dtype: times of others as multiples of ours, and peak memory as a share of the tokens."""
     cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -70,6 +64,11 @@ def kernels_whole(results: dict[str, Document], part: Any) -> str:
 
 
 BLOCKS = {
-    "methods": Block(pattern="methods_[cg]pu.json", rows=methods_rows, caption=methods_caption),
+    "methods": Block(
+        pattern="methods_[cg]pu.json",
+        rows=methods_rows,
+        caption="times `score`'s on {environment[machine]}; T = {video[T]}, N = {video[N]}, D = {video[D]}, "
+        "{video[dtype]}, {video[content]}; medians of {repeats}",
+    ),
     "kernels": Block(pattern="kernels_[cg]pu.json", rows=kernels_rows, caption=kernels_caption, whole=kernels_whole),
 }

@@ -17,19 +17,19 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.harness import at_least, integers, ratios, row_name
-from benchmarks.serving.aggregate import aggregate, by_ratio, verdicts
+from benchmarks.serving.aggregate import aggregate
 from benchmarks.serving.client import Counts, Request, stream
 from benchmarks.serving.monitoring import Monitor
 from benchmarks.serving.server import SERVED_NAME, Server, running
 from benchmarks.serving.setup import Setup, answers_of, check_ratio_one, parse, prepare, serving_parser
-from score_vllm.client import Client, data_url
+from score_vllm.client import Client
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,6 @@ def run_config(server: Server, config: Config, counts: Counts, setup: Setup) -> 
     for users in tqdm(args.concurrency, desc=config.name, unit="level"):
         count = requests_of(users, args)
         requests = make_requests(counts, clips, config.ratios, count, first, args.max_tokens)
-        if args.media == "data":
-            videos = [data_url(clip.read_bytes()) for clip in clips[:count]]
-            requests = [replace(request, url=url) for request, url in zip(requests, videos, strict=True)]
         first += count
         with Monitor(server) as monitor:
             records, client_seconds = run_level(server.url, SERVED_NAME, requests, users)
@@ -154,7 +151,6 @@ def run_config(server: Server, config: Config, counts: Counts, setup: Setup) -> 
                 "peak_rss_bytes": monitor.peak_rss,
                 "peak_kv_cache_share": monitor.peak_kv,
                 "client_cpu_share": client_seconds / row["seconds"],
-                **({"by_ratio": by_ratio(records)} if len(config.ratios) > 1 else {}),
                 "errors": [record["error"] for record in records if record["error"] is not None][:3],
             }
         )
@@ -170,7 +166,6 @@ def main() -> None:
     add("--max-tokens", type=at_least(1), default=16, help="generated per request")
     add("--per-user", type=at_least(1), default=2, help="requests per user and level, at least")
     add("--minimum", type=at_least(1), default=8, help="requests per level, at least")
-    add("--media", choices=["file", "data"], default="file", help="how clips travel")
     args = parse(parser, max_tokens=4, ratios=[0.1], concurrency=[1, 2], minimum=2)
     most = max(requests_of(users, args) for users in args.concurrency)
     setup = prepare("load", args, most + 2, args.max_tokens)
@@ -192,9 +187,7 @@ def main() -> None:
                     answers_of(server, checks, ratio)  # warms what the ratio needs
             rows += run_config(server, config, counts, setup)
 
-    lines = verdicts(rows, [c for c in args.concurrency if c >= 16] or [max(args.concurrency)])
-    setup.publish(rows, verdicts=lines)
-    print("\n".join(lines))
+    setup.publish(rows)
     if failures := sum(row["failures"] for row in rows):
         sys.exit(f"{failures} requests failed; logs in {setup.folder}")
 

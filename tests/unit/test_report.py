@@ -169,10 +169,11 @@ def test_a_block_is_a_few_lines(tmp_path: Path) -> None:
     block = Block(
         pattern="speed*.json",
         rows=lambda document: (["rate"], [[str(row["rate"])] for row in document["rows"]]),
-        caption=lambda document: "a caption",
+        caption="on {environment[machine]}",
     )
-    (tmp_path / "speed.json").write_text(json.dumps({"rows": [{"rate": 3}]}))
+    document = {"environment": {"machine": "a machine"}, "rows": [{"rate": 3}]}
+    (tmp_path / "speed.json").write_text(json.dumps(document))
     written = report.render_blocks(tmp_path, {"speed": block})
     assert written["speed"] == (
-        "| rate |\n|-----:|\n|    3 |\n\n(a caption; [speed.json](benchmarks/results/speed.json))"
+        "| rate |\n|-----:|\n|    3 |\n\n(on a machine; [speed.json](benchmarks/results/speed.json))"
     )

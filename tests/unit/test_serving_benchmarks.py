@@ -125,29 +125,6 @@ def test_aggregate_of_nothing_but_failures() -> None:
             aggregate.aggregate(records, expected=1)
 
 
-def test_mixed_ratios_are_told_apart() -> None:
-    groups = aggregate.by_ratio([record(0, 1, 0.1), record(0, 1, 1.0), record(0, 1, 0.1), record(0, 1, 0.1, "x")])
-    assert {name: group["requests"] for name, group in groups.items()} == {"0.1": 2, "1.0": 1}
-
-
-def level(config: str, ratios: list[float], rate: float, gap: float, failures: int = 0) -> dict[str, Any]:
-    row = {"config": config, "retention_ratios": ratios, "concurrency": 16, "failures": failures}
-    return {**row, "requests_per_second": rate, "itl_ms": {"p50": gap}}
-
-
-def test_verdicts_say_what_is_met_and_what_is_not() -> None:
-    rows = [
-        level("vanilla", [1.0], 2.0, 10.0),
-        level("SCORE 10%", [0.1], 3.0, 12.0, failures=1),
-        level("SCORE mixed", [1.0, 0.1], 1.0, 10.0),
-    ]
-    failed, faster, decode = aggregate.verdicts(rows, [16])
-    assert failed == "failed requests: 1 (NOT MET: must be 0)"
-    assert faster == "SCORE 10% at concurrency 16: throughput 1.50x vanilla (met)"
-    assert decode == "SCORE 10% at concurrency 16: median gap between tokens 1.20x vanilla (NOT MET)"
-    assert len(aggregate.verdicts(rows, [32])) == 1
-
-
 def test_a_plan_knows_the_exact_counts() -> None:
     counts, clips = client.Counts(1536, 30), [Path(f"/{i}.mp4") for i in range(4)]
     made = load.make_requests(counts, clips, (None, 0.1), 4, first=10)
