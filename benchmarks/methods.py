@@ -26,30 +26,11 @@ if not __package__:
 
 from benchmarks.harness import Sample, Stopwatch, machine_name, rounds, table, write_results
 from benchmarks.memory import PeakMemory
+from benchmarks.tokens import scene_tokens
 from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
 
 SIZES = {"small": (16, 192, 1024), "paper-size": (64, 665, 3584)}
 RATIOS = (0.4, 0.25, 0.1)
-SCENE_FRAMES = 16
-
-
-def synthetic_video(frames: int, per_frame: int, d: int, dtype: torch.dtype) -> torch.Tensor:
-    """[T, N, D] tokens of scenes of 16 frames: each place keeps its vector but for noise; an eighth moves.
-
-    The tokens of a scene have a mean in common, as real ones do, so that its frames are alike as a whole.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.empty(frames, per_frame, d, dtype=dtype)
-    scene = shared = torch.empty(0)
-    for t in range(frames):
-        if t % SCENE_FRAMES == 0:
-            shared = 0.5 * torch.randn(d, generator=generator)
-            scene = shared + torch.randn(per_frame, d, generator=generator)
-        frame = scene + 0.4 * torch.randn(per_frame, d, generator=generator)
-        moving = torch.randperm(per_frame, generator=generator)[: per_frame // 8]
-        frame[moving] = shared + torch.randn(len(moving), d, generator=generator)
-        x[t] = frame.to(dtype)
-    return x
 
 
 def rows_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
@@ -159,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     frames, per_frame, d = SIZES[arguments.size]
-    x = synthetic_video(frames, per_frame, d, getattr(torch, arguments.dtype)).to(arguments.device)
+    x = scene_tokens(frames, per_frame, d, getattr(torch, arguments.dtype), arguments.device)
     saliency = torch.rand(frames, per_frame, generator=torch.Generator().manual_seed(1)).to(arguments.device)
     policy = RetentionPolicy(d).to(arguments.device) if "score" in arguments.methods else None
     todo = [(name, variant, r) for name, variant in rows_to_measure(arguments.methods) for r in arguments.ratios]

@@ -1,4 +1,4 @@
-"""The prompt of the transformers engine: token ids, where the visual slots are, and synthetic visual rows.
+"""The prompt of the transformers engine: token ids, and where the visual slots are.
 
 No vision tower runs: its time is the same in every row and in neither column, and the language model's time does not
 depend on the values of the rows.
@@ -83,17 +83,3 @@ def build_prompt(prepared: Prepared, seed: int = 0) -> Prompt:
             slots.append(span(grid.num_tokens))
     text(free - free // 2)
     return Prompt(torch.tensor(ids), torch.tensor(types), preset.videos, tuple(slots))
-
-
-def visual_rows(grid: VideoGrid, width: int, dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
-    """[T, N, D] random rows with some likeness between frames: a shared part, and a part of each token's own.
-
-    Independent rows would be fine for the clock, but methods that segment or cluster would meet a degenerate video.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = {"generator": generator, "device": device, "dtype": torch.float32}
-    still = torch.randn(grid.tokens_per_frame, width, **shape)  # type: ignore[call-overload]
-    x = torch.empty(grid.t, grid.tokens_per_frame, width, dtype=dtype, device=device)
-    for t in range(grid.t):
-        x[t] = (still + 0.4 * torch.randn(still.shape, **shape)).to(dtype)  # type: ignore[call-overload]
-    return x

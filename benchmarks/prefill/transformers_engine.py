@@ -3,7 +3,7 @@
 What is timed: ``compressor`` is selection of the kept rows; ``llm_forward`` is the language model and the head's
 last row, filling a cache; ``total`` is one stretch from the visual rows to the logits, so that putting the shorter
 prompt together counts too. Visual rows exist beforehand, and so does the saliency of methods that rank by the tower's
-attention: their rows do not pay for reading it out, as those of the vLLM engine do. See :mod:`prefill_prompt`.
+attention: their rows do not pay for reading it out, as those of the vLLM engine do.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 
 from benchmarks.harness import Stopwatch
 from benchmarks.prefill.preset import Prepared
-from benchmarks.prefill.prompt import Prompt, build_prompt, visual_rows
+from benchmarks.prefill.prompt import Prompt, build_prompt
 from benchmarks.prefill.rows import CheckError, Times
+from benchmarks.tokens import scene_tokens
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PositionTable
 from score_vllm.layout import grid_layout
@@ -87,7 +88,10 @@ class TransformersEngine:
         self.text, self.head, shell = load_language_model(prepared, device, attention)
         self.prompt: Prompt = build_prompt(prepared)
         width = prepared.shape.hidden_size
-        self.rows = [visual_rows(grid, width, dtype, device, seed) for seed, grid in enumerate(self.prompt.grids)]
+        self.rows = [
+            scene_tokens(grid.t, grid.tokens_per_frame, width, dtype, device, seed)
+            for seed, grid in enumerate(self.prompt.grids)
+        ]
         self.saliency = [
             torch.rand(x.shape[:2], generator=torch.Generator(device).manual_seed(1), device=device) for x in self.rows
         ]
