@@ -24,8 +24,9 @@ from score_vllm.video.damage import listen
 from score_vllm.video.picture import Painter, Resize
 from score_vllm.video.result import DecodedVideo
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, MIN_FRAMES, TEMPORAL_MERGE, choose
-from score_vllm.video.timeline import Timeline, read_timeline
+from score_vllm.video.timeline import CUT, read_timeline
 from score_vllm.video.walk import Walker
+from score_vllm.video.webp import WebPSource, is_webp
 
 BACKENDS = ("pyav", "decord")
 Allocate = Callable[[int], Any]
@@ -74,22 +75,11 @@ def decode_video(
     check_size(data, limits)
     deadline = Deadline(limits.deadline)
     try:
-        with ExitStack() as stack:
-            container = stack.enter_context(open_video(data, limits, deadline))
-            streams = video_streams(container)
-            for stream in streams:
-                prepare_stream(stream, limits, threads)
-            stream, timeline = read_timeline(container, streams, limits, deadline)
-
-            def reopen() -> tuple[Any, Any]:
-                again = stack.enter_context(open_video(data, limits, deadline))
-                for other in again.streams:
-                    if other.index != stream.index:
-                        other.discard = av.stream.Discard.all
-                prepare_stream(again.streams[stream.index], limits, threads)
-                return again, again.streams[stream.index]
-
-            _settle_start(Walker(container, stream, timeline, timeline.ticks, deadline, reopen), timeline)
+        with listen(threads) as complaints, ExitStack() as stack:
+            source = (
+                WebPSource(data, limits, deadline) if is_webp(data) else _Source(data, limits, deadline, threads, stack)
+            )
+            timeline = source.timeline
             sample = choose(
                 timeline.stamps,
                 timeline.duration,
@@ -102,19 +92,20 @@ def decode_video(
                 min_frames=min_frames,
             )
             ticks = timeline.ticks[sample.indices]
-            walker = Walker(container, stream, timeline, ticks, deadline, reopen)
-            painter = Painter(len(ticks), resize, stream.sample_aspect_ratio, limits)
-            complaints = stack.enter_context(listen(threads))
+            walker = source.walker(ticks)
+            painter = Painter(len(ticks), resize, source.sample_aspect, limits)
+            complaints.decoding_begins()
             row, first, missing = _first(walker, ticks)
             shape = (len(ticks), *painter.start(first), 3)
             frames = np.frombuffer(allocate(math.prod(shape)), np.uint8).reshape(shape)
             refused = ""
             if backend == "decord":
-                refused = with_decord.why_not(container, stream, timeline, first) or with_decord.read(
+                refused = source.why_not_decord(first) or with_decord.read(
                     data, timeline, sample.indices, painter, frames, threads
                 )
             if backend != "decord" or refused:
                 missing += _paint(walker, painter, ticks, frames, row)
+            complained, cut = complaints.of_decoder(), complaints.is_cut()
     except MemoryError as error:
         raise VideoError("decoding the video needs more memory than there is") from error
     except av.FFmpegError as error:
@@ -122,10 +113,12 @@ def decode_video(
     warnings = list(timeline.warnings)
     if refused:
         warnings.append(f"read with PyAV instead of decord: {refused}")
-    if walker.damaged or missing or complaints.count:
+    if cut and CUT not in warnings:
+        warnings.append(CUT)
+    if walker.damaged or missing or complained:
         warnings.append(
             f"the file is damaged: {walker.damaged} packet(s) could not be decoded, {missing} frame(s) show the "
-            f"picture beside the one that is lost, and the decoder complained {complaints.count} time(s)"
+            f"picture beside the one that is lost, and the decoder complained {complained} time(s)"
         )
     if painter.fitted:
         warnings.append(f"the picture's size changes: {painter.fitted} frame(s) were fitted to the first one's size")
@@ -147,19 +140,54 @@ def decode_video(
     )
 
 
-def _settle_start(walker: Walker, timeline: Timeline) -> None:
-    """Pictures shown before the first key frame may need one that is not there; only decoding tells."""
-    tick = int(timeline.pts[timeline.keys[0]])
-    if timeline.ticks[0] >= tick:
-        return
-    walker.at(tick)
-    if walker.first is not None and walker.first > timeline.ticks[0]:
-        lost = int((timeline.ticks < walker.first).sum())
-        timeline.ticks = timeline.ticks[lost:]
-        timeline.warnings.append(f"{lost} picture(s) before the first key frame cannot be decoded and were left out")
+class _Source:
+    """An opened file with its timeline."""
+
+    def __init__(
+        self, data: bytes | memoryview, limits: DecodeLimits, deadline: Deadline, threads: int, stack: ExitStack
+    ) -> None:
+        self._data, self._limits, self._deadline = data, limits, deadline
+        self._threads, self._stack = threads, stack
+        self._container = stack.enter_context(open_video(data, limits, deadline))
+        streams = video_streams(self._container)
+        for stream in streams:
+            prepare_stream(stream, limits, threads)
+        self._stream, self.timeline = read_timeline(self._container, streams, limits, deadline)
+        self.sample_aspect = self._stream.sample_aspect_ratio
+        self._settle_start()
+
+    def walker(self, ticks: np.ndarray) -> Walker:
+        return Walker(self._container, self._stream, self.timeline, ticks, self._deadline, self._reopen)
+
+    def why_not_decord(self, first: Any) -> str:
+        return with_decord.why_not(self._container, self._stream, self.timeline, first)
+
+    def _reopen(self) -> tuple[Any, Any]:
+        container = self._stack.enter_context(open_video(self._data, self._limits, self._deadline))
+        for other in container.streams:
+            if other.index != self._stream.index:
+                other.discard = av.stream.Discard.all
+        stream = container.streams[self._stream.index]
+        prepare_stream(stream, self._limits, self._threads)
+        return container, stream
+
+    def _settle_start(self) -> None:
+        """Pictures shown before the first key frame may need one that is not there; only decoding tells."""
+        timeline = self.timeline
+        tick = int(timeline.pts[timeline.keys[0]])
+        if timeline.ticks[0] >= tick:
+            return
+        walker = self.walker(timeline.ticks)
+        walker.at(tick)
+        if walker.first is not None and walker.first > timeline.ticks[0]:
+            lost = int((timeline.ticks < walker.first).sum())
+            timeline.ticks = timeline.ticks[lost:]
+            timeline.warnings.append(
+                f"{lost} picture(s) before the first key frame cannot be decoded and were left out"
+            )
 
 
-def _first(walker: Walker, ticks: np.ndarray) -> tuple[int, Any, int]:
+def _first(walker: Walker | WebPSource, ticks: np.ndarray) -> tuple[int, Any, int]:
     """The first of the wanted pictures that can be decoded.
 
     Returns:
@@ -177,7 +205,7 @@ def _first(walker: Walker, ticks: np.ndarray) -> tuple[int, Any, int]:
     raise VideoError("no frame of the video could be decoded")
 
 
-def _paint(walker: Walker, painter: Painter, ticks: np.ndarray, frames: np.ndarray, first: int) -> int:
+def _paint(walker: Walker | WebPSource, painter: Painter, ticks: np.ndarray, frames: np.ndarray, first: int) -> int:
     """Fill ``frames``; rows before ``first`` show its picture.
 
     Returns:

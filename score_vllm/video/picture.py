@@ -213,7 +213,15 @@ def _rgb(frame: Any, size: tuple[int, int], turned: bool) -> np.ndarray:
     """[h, w, 3] uint8 before turning, so that it has ``size`` after it."""
     height, width = (size[1], size[0]) if turned else size
     same = (frame.width, frame.height) == (width, height)
+    clear = any(component.is_alpha for component in frame.format.components)
     # Untagged colour is taken as BT.601, as FFmpeg and all loaders built on it do.
-    return frame.to_ndarray(
-        format="rgb24", width=width, height=height, interpolation=None if same else _SCALE, threads=1
+    picture = frame.to_ndarray(
+        format="rgba" if clear else "rgb24",
+        width=width,
+        height=height,
+        interpolation=None if same else _SCALE,
+        threads=1,
     )
+    if not clear:
+        return picture
+    return (picture[..., :3].astype(np.uint16) * picture[..., 3:] // 255).astype(np.uint8)  # on black

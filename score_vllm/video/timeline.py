@@ -20,6 +20,7 @@ _STEP_BACK = 0.25
 # Formats that store how long each picture lasts; elsewhere FFmpeg derives it from a header's frame rate.
 _STORED_DURATIONS = ("mov", "gif", "apng")
 _INTRA_ONLY = ("mjpeg", "prores", "qtrle")
+CUT = "the file ends early or is damaged: what can be read of it was read"
 
 
 class _Packets:
@@ -108,7 +109,7 @@ def read_timeline(container: Any, streams: list[Any], limits: DecodeLimits, dead
             other.discard = av.stream.Discard.all
     timeline = _build(container, stream, found[stream.index])
     if damaged:
-        timeline.warnings.append("the file ends early or is damaged: what can be read of it was read")
+        timeline.warnings.append(CUT)
     if timeline.duration > limits.max_duration:
         raise VideoError(
             f"the video lasts {timeline.duration:.0f} s, more than max_duration = {limits.max_duration:g} s"
