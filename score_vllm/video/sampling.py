@@ -176,7 +176,7 @@ def _grid(
     cells = np.arange(begin // merge * merge, -(-stop // merge) * merge)
     if not max_frames or len(cells) <= max_frames:
         return np.clip(cells / fps, low, max(last, (stop - 1) / fps)), 1 / fps
-    if thinning == "octave":
+    if thinning == "octave" and max_frames >= merge:
         return _grid(shown, low, last, high, fps / 2, max_frames, thinning, merge, 1)
     number = _whole(max_frames, merge)
     if number == 1:
@@ -185,7 +185,7 @@ def _grid(
     if span < steps:  # the grid times fit, their cells do not
         number, steps = _whole(span + 1, merge), _whole(span + 1, merge) - 1
     if steps < 1:
-        return np.array([begin / fps]), 1 / fps
+        return np.array([max(low, begin / fps)]), 1 / fps
     # Integer rounding, half up: no float can make two equal.
     picks = begin + (2 * np.arange(number) * span + steps) // (2 * steps)
-    return picks / fps, span / steps / fps
+    return np.maximum(picks / fps, low), span / steps / fps

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from score_vllm.video import VideoWindowError
@@ -117,7 +117,9 @@ def test_a_growing_video_keeps_its_cells(thinning: str) -> None:
 timelines = st.lists(st.floats(0.001, 5.0), min_size=0, max_size=80).map(lambda steps: np.cumsum([0.0, *steps]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
+@example(np.array([0.0, 1.0, 2.0]), 1.0, 1.0, 2, "even", 1, 1.192092896e-07, 1.0)
+@example(np.array([0.0, 1.0]), 1.0, 0.3, 2, "octave", 4, 0.0, 0.0)
 @given(
     timelines,
     st.floats(0.001, 3.0),
