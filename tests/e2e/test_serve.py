@@ -70,7 +70,7 @@ def test_readme_example(server: Server, tmp_path: Path) -> None:
     """The README's client code, as printed, gives what is printed below it."""
     readme = (ROOT / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "OpenAI(" in block)
-    shown = re.search(r"```\n([^`]*\n\{'method': .*?\})\n```", readme)
+    shown = re.search(r"```\n([^`]*\n\d+ -> \d+)\n```", readme)
     assert shown is not None
     shutil.copy(demo_clip(), tmp_path / "clip.mp4")
     for printed, here in (("http://127.0.0.1:8000", server.url), ('api_key="none"', f'api_key="{API_KEY}"')):

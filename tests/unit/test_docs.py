@@ -72,7 +72,10 @@ def test_run(page: Path, block: re.Match[str], tmp_path: Path) -> None:
 
 
 def test_make_serve_starts_the_demo() -> None:
-    done = subprocess.run(["make", "-n", "serve", "PORT=8230"], capture_output=True, text=True, cwd=ROOT, check=True)
+    # Run by make itself, the test must not hand its flags on.
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", "-n", "serve", "PORT=8230"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=environment)
     line = shlex.split(done.stdout.strip().splitlines()[-1])
     shown = ["--model", "demo", "--retention", "0.1", "--host", "127.0.0.1", "--port", "8230"]
     assert line == [".venv/bin/score-serve", *shown]
