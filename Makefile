@@ -7,7 +7,7 @@ MODEL ?= demo
 # Test processes side by side; more than two need some 6 GB of memory each.
 WORKERS ?= 2
 
-.PHONY: setup serve picture check test test-long lint docs docs-serve wheel
+.PHONY: setup serve picture tables check test test-long lint docs docs-serve wheel
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -43,6 +43,11 @@ docs: setup
 picture: setup
 	@for theme in light dark; do .venv/bin/score-viz score_vllm/assets/demo/clip.mp4 --model demo --retention 0.1 \
 	  --cell-width 120 --theme $$theme -o docs/assets/kept-$$theme.png || exit 1; done
+
+# What the pages show of code and results, written anew: tables of models, accuracy, speed.
+tables: setup
+	@.venv/bin/python scripts/models_table.py
+	@.venv/bin/python -m benchmarks.report
 
 docs-serve: docs
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve

@@ -16,6 +16,8 @@ class Architecture:
         notes: what a reader of the table of supported models should know.
         sampling: frames a second (None: evenly over the video) and the most frames, where a request names none.
         sequential: 1-D positions, which vLLM is told to carry through M-RoPE.
+        policy: for which of its models a trained policy is there.
+        checked: what its tests and measurements ran on.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Architecture:
     notes: str = ""
     sampling: tuple[float | None, int] = (2.0, 128)
     sequential: bool = False
+    policy: str = ""
+    checked: str = "nothing yet"
 
 
 def _sizes(prefix: str, hub: str, suffix: str, *sizes: str) -> dict[str, str]:
@@ -39,6 +43,8 @@ SUPPORTED = (
         _sizes("Qwen2.5-VL", "Qwen/Qwen2.5-VL", "-Instruct", "3B", "7B", "32B", "72B")
         | {"Cosmos-Reason1-7B": "nvidia/Cosmos-Reason1-7B"},
         "the paper's first model",
+        policy="the demo model's; else `vidcom2` selects",
+        checked="the demo model, and tiny random weights against transformers",
     ),
 )
 BY_NAME = {entry.name: entry for entry in SUPPORTED}

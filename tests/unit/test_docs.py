@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from score_vllm.architectures import SUPPORTED
 from tests.pages import BLOCK, FENCED, PAGES, ROOT
 
 LINK = re.compile(r"(?<!\\)\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)|(?:src|srcset)=\"([^\"]+)\"")
@@ -79,6 +81,13 @@ def test_make_serve_starts_the_demo() -> None:
     line = shlex.split(done.stdout.strip().splitlines()[-1])
     shown = ["--model", "demo", "--retention", "0.1", "--host", "127.0.0.1", "--port", "8230"]
     assert line == [".venv/bin/score-serve", *shown]
+
+
+def test_the_table_of_models_is_the_registrys(capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "models_table.py"))
+    assert script["main"](["--check"]) == 0, "run: make tables"
+    assert script["grouped"](["a/b-3B-x", "a/b-7B-x", "c/d"]) == "`a/b-{3B,7B}-x`, `c/d`"
+    assert all(f"`{entry.name}`" in script["table"]() for entry in SUPPORTED)
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
