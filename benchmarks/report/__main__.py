@@ -64,7 +64,7 @@ def render_blocks(results: Path, blocks: dict[str, Block]) -> dict[str, str]:
 
 def fill(text: str, page: Path, written: dict[str, str]) -> str:
     """A page with its blocks; marked blocks that nobody writes are left as they are."""
-    # Blocks link from the root of the repository; pages in docs/ are one folder below it. A clone may be called docs, too.
+    # Blocks link from the root; pages in docs/ are one folder below it (a clone may be called docs, too).
     below = page.parent.name == "docs" and page.name != "README.md"
     up = "](../benchmarks/" if below else "](benchmarks/"
     parts, cursor = [], 0
