@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -18,7 +21,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("openai")
-from .conftest import Server
+from .conftest import API_KEY, ROOT, Server
 from .requests_of import ask, chat, data_url, post
 
 CHAT = "/v1/chat/completions"
@@ -195,7 +198,7 @@ def test_data_urls_as_they_are_written(server: Server, clips: dict[str, Path]) -
         assert read_of(chat(server, ask(head + data)))["frames"] == 12
 
 
-@pytest.mark.parametrize("kind", ["GIF", "AVIF"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "AVIF"])
 def test_animated_pictures_are_videos(kind: str, server: Server) -> None:
     pictures = [Image.new("RGB", (64, 64), (20 * i, 0, 0)) for i in range(10)]
     file = io.BytesIO()
@@ -284,6 +287,28 @@ def test_every_hard_file_is_read_or_refused_by_name(server: Server, shared_dir: 
         else:
             assert status == 400, (path.name, answer)
             assert "accepted" in answer["error"]["message"] or "at most" in answer["error"]["message"], answer
+
+
+def test_examples_of_the_serving_page(server: Server) -> None:
+    """As printed, but for the address, the key, and where the videos are."""
+    page = (ROOT / "docs" / "serving.md").read_text()
+    section = page[page.index("### Fields of a request") : page.index("### How a video is sent")]
+    for shown, here in (
+        ("http://127.0.0.1:8000", server.url),
+        ('api_key="none"', f'api_key="{API_KEY}"'),
+        ("curl -s", f"curl -s -H 'Authorization: Bearer {API_KEY}'"),
+        ("https://example.com/lecture.mp4", f"file://{server.media}/plain.mp4"),
+        ("https://example.com/clip.webm", f"file://{server.media}/odd.mkv"),
+    ):
+        assert shown in section
+        section = section.replace(shown, here)
+    bash, python = re.findall(r"```(?:bash|python)\n(.*?)```", section, re.DOTALL)
+    done = subprocess.run(["bash", "-c", bash], capture_output=True, text=True, check=True)
+    first, second = json.loads(done.stdout)["score"]["videos"]
+    assert (first["window"], first["frames"], first["retention_ratio"]) == ([2, 4], 8, 0.1)
+    assert (second["window"][0], second["retention_ratio"]) == (0, 0.5)
+    done = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, check=True)
+    assert done.stdout == f"[2.0, 4.0] 8 {first['retained_tokens']} []\n"
 
 
 def test_openapi_types_fields_and_report(server: Server) -> None:

@@ -147,6 +147,25 @@ def test_each_fetch_takes_the_next_options(clips: dict[str, Path]) -> None:
     assert asyncio.run(inner()) == [2, 8, 4, 6]
 
 
+def test_several_videos_are_decoded_at_once(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are in the decoder before either is out."""
+    both = threading.Barrier(2, timeout=60)
+    inner = video_loaders.decode_video_isolated
+
+    def met(*args: Any, **kwargs: Any) -> Any:
+        both.wait()
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(video_loaders, "decode_video_isolated", met)
+    url = "data:video/mp4;base64," + base64.b64encode(clips["plain"].read_bytes()).decode()
+
+    async def fetch_two() -> list[Any]:
+        loader = connector()
+        return await asyncio.gather(*(loader.fetch_video_async(url) for _ in range(2)))
+
+    assert [len(video.media[0]) for video in asyncio.run(fetch_two())] == [12, 12]
+
+
 def test_a_window_is_what_is_read(clips: dict[str, Path]) -> None:
     url = "data:video/mp4;base64," + base64.b64encode(clips["plain"].read_bytes()).decode()
     frames, metadata = fetch(url, VideoOptions(start=2, end=4, fps=4))
