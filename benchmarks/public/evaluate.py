@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -57,6 +57,8 @@ class Plan:
         ratios: each question is asked once per ratio; None leaves it to the server.
         model, method, variant, max_tokens: of every request (``variant`` chooses the prompt).
         max_failures: the run stops after this many failed requests; what was answered is kept.
+        videos: where they are, and how they are sent.
+        reading: score-serve's ``video_fps`` and ``video_max_frames``, where they are asked for.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Plan:
     max_tokens: int
     max_failures: int
     videos: Videos
+    reading: Mapping[str, float] = field(default_factory=dict)
 
     async def ask(
         self, client: Client, question: Question, path: Path, ratio: float | None, max_tokens: int | None = None
@@ -89,6 +92,7 @@ class Plan:
             max_tokens=max_tokens or self.max_tokens,
             retention_ratio=ratio,
             retention_method=self.method,
+            **self.reading,
         )
         return await client.chat(body)
 

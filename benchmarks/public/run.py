@@ -39,6 +39,17 @@ def ratio(text: str) -> float | None:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def above_zero(text: str) -> float:
+    """A finite number > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of all public sets."""
     add = parser.add_argument
@@ -53,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--send", choices=SEND, default="base64", help="file: the server opens the path; base64: inside the request")
     add("--server-videos", default=None, help="--send file: the videos' folder as the server sees it")
     add("--video-base-url", default=None, help="--send url: the URL at which the videos' folder is served")
+    add("--video-fps", type=above_zero, default=None, help="frames per second to read (score-serve; default: its own)")
+    add(
+        "--video-max-frames", type=at_least(1), default=None, help="most frames to read (score-serve; default: its own)"
+    )
     add("--max-tokens", type=at_least(1), default=16, help="most tokens of an answer")
     add("--limit", type=at_least(1), default=None, help="only the first N questions; not a figure to publish")
     add("--concurrency", type=at_least(1), default=4, help="most requests in flight")
@@ -121,7 +136,9 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
     async with Client(args.base_url, args.api_key, timeout=args.timeout, retries=args.retries) as client:
         model = args.model or await only_model(client)
         fields = model, args.retention_method, args.prompt, args.max_tokens, args.max_failures, videos
-        plan = Plan(args.benchmark, questions, ratios, *fields)
+        given = {"video_fps": args.video_fps, "video_max_frames": args.video_max_frames}
+        reading = {name: value for name, value in given.items() if value is not None}
+        plan = Plan(args.benchmark, questions, ratios, *fields, reading)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)
         # A part of a set is no result.
         place = RESULTS if len(questions) == chosen.size else RUNS
@@ -134,6 +151,7 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
             "retention_method": args.retention_method,
             "prompt": args.prompt,
             "max_tokens": args.max_tokens,
+            **reading,
         }
         answers = Answers(args.answers or output.with_suffix(".answers.jsonl"), configuration)
         try:

@@ -99,6 +99,17 @@ def test_default_ratio_sends_no_field(run: Callable[..., int], stub: Stub) -> No
     assert len(stub.bodies) == 3
 
 
+def test_what_is_read_of_each_video(run: Callable[..., int], stub: Stub, tmp_path: Path) -> None:
+    """In every request, the probe's too, and in the results."""
+    assert run("--video-fps", "0.5", "--video-max-frames", "64", "--retention-ratio", "0.5") == 0
+    assert {(b["video_fps"], b["video_max_frames"]) for b in stub.bodies} == {(0.5, 64)}
+    assert (results(tmp_path)["video_fps"], results(tmp_path)["video_max_frames"]) == (0.5, 64)
+    assert run("--retention-ratio", "0.5") == 2, "answers of another reading are not mixed in"
+    for wrong in (["--video-fps", "0"], ["--video-fps", "x"], ["--video-max-frames", "0"]):
+        with pytest.raises(SystemExit):
+            run(*wrong)
+
+
 @pytest.mark.parametrize("send", ["file", "server", "url"])
 def test_how_videos_are_named(send: str, run: Callable[..., int], stub: Stub, tmp_path: Path) -> None:
     options = {
