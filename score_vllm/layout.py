@@ -1,4 +1,4 @@
-"""Where every token of one video stands: its span in the prompt, all of it known before the vision tower runs.
+"""The place of every token of one video: its span in the prompt, all of it known before the vision tower runs.
 
 A video is one span of the prompt. Its structure rows (timestamps, markers, newlines) always stay; of its vision rows a
 method keeps K. Slots count the rows of the span before anything is dropped; offsets (t, h, w) count positions from the

@@ -48,7 +48,7 @@ def unpack_offsets(channels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class VisualSpan:
-    """Where one image or video stands in a prompt.
+    """The place of one image or video in a prompt.
 
     Attributes:
         start: index of its first slot.

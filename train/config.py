@@ -1,4 +1,4 @@
-"""Everything a training run can be told, as one tree of models; a TOML file and ``--set`` fill it."""
+"""The settings of a training run, as one tree of models; a TOML file and ``--set`` fill it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class CacheSettings(Settings):
 
 
 class TrackingSettings(Settings):
-    """Who is told; ``<output>/log.jsonl`` always is.
+    """Experiment trackers; ``<output>/log.jsonl`` is always written.
 
     Attributes:
         tracker: ``tensorboard``, ``wandb`` or ``none``, through accelerate.

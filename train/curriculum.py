@@ -1,7 +1,7 @@
 """The data of a stage: which sample stands at which position, read ahead in a thread, broken ones passed over.
 
 A *slot* numbers the samples of a stage over all processes: step s with B samples (all processes together) uses
-the slots s * B ... s * B + B - 1. What stands in a slot depends on seed, stage and slot alone.
+the slots s * B ... s * B + B - 1. The content of a slot depends on seed, stage and slot alone.
 """
 
 from __future__ import annotations

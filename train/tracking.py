@@ -1,4 +1,4 @@
-"""Telling how training goes: a line of JSON per step, trackers through accelerate, a progress bar."""
+"""Progress of training: a line of JSON per step, trackers through accelerate, a progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every model family shares: vLLM's model contract, bent to the kept tokens of a video.
+"""What every model family shares: vLLM's model contract for the kept tokens of a video.
 
 How a compressed video passes through vLLM:
 

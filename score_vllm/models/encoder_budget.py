@@ -30,13 +30,13 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     def __init__(self, cache_size: int) -> None:
         super().__init__(cache_size)
         # What encoding costs beyond the kept tokens, which vLLM charges itself: of videos scheduled in this step, and
-        # of videos of the request in hand, which may yet be turned down.
+        # of videos of the current request, which may yet be turned down.
         self._scheduled: dict[tuple[str, int], int] = {}
         self._in_hand: dict[tuple[str, int], int] = {}
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: Any) -> EncodedTokensCacheManager:
-        """vLLM's door."""
+        """vLLM's entry point."""
         return cls(cache_size)
 
     def _surcharge(self, request: Request, input_id: int) -> int:

@@ -1,4 +1,4 @@
-"""What a client is told when a picture or video of its request cannot be had: whose fault it was, and what may help."""
+"""The answer to a client whose picture or video cannot be had: whose fault it was, and what may help."""
 
 from __future__ import annotations
 

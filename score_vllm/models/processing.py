@@ -159,7 +159,7 @@ class CompressionProcessorMixin:
         return inputs
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """vLLM's door; adds a ``score`` report of the videos to the result."""
+        """vLLM's entry point; adds a ``score`` report of the videos to the result."""
         if self.serving is None:
             for key in OWN_KEYS:
                 if key in inputs.hf_processor_mm_kwargs:

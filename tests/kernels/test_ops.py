@@ -1,4 +1,4 @@
-"""The door to the operations: which backend runs, what is refused, positions, and top-K by properties."""
+"""The operations' entry point: which backend runs, what is refused, positions, and top-K by properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards the house: who may import whom, what the core needs, how the mounted folders are packaged."""
+"""Guards the layout: who may import whom, what the core needs, how the mounted folders are packaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MOUNTED = [name for name in ("kernels", "server", "train") if (ROOT / name).is_dir()]
 
-# Lower rooms first; a module may import from its own room and from lower ones.
+# Lower layers first; a module may import from its own layer and from lower ones.
 ROOMS = [
     {"architectures", "budget", "client", "types", "config", "layout", "near_miss", "video"},
     {"kernels"},

@@ -275,20 +275,20 @@ def test_what_the_child_cannot_have_is_not_the_files_fault(
 
 
 def test_more_videos_than_may_wait_are_refused_at_once(clips: dict[str, Path]) -> None:
-    door = gate.Gate(workers=1, max_queued=1, max_bytes=None)
-    assert door.enter(10, 1) == 1
-    waiting = threading.Thread(target=door.enter, args=(10, 30))
+    bounded = gate.Gate(workers=1, max_queued=1, max_bytes=None)
+    assert bounded.enter(10, 1) == 1
+    waiting = threading.Thread(target=bounded.enter, args=(10, 30))
     waiting.start()
-    while not door.waiting:
+    while not bounded.waiting:
         time.sleep(0.01)
     with pytest.raises(DecoderBusyError) as caught:
-        door.enter(10, 30)
+        bounded.enter(10, 30)
     assert caught.value.retry_after >= 1
-    door.leave()
+    bounded.leave()
     waiting.join(30)
-    assert door.active == 1
+    assert bounded.active == 1
     with pytest.raises(DecoderBusyError):
-        door.enter(10, 0.01)
+        bounded.enter(10, 0.01)
 
 
 def test_bytes_in_flight_are_bounded_until_the_frames_are_let_go(

@@ -1,4 +1,4 @@
-"""The door: names, modes, variants, options and side inputs are checked, and a user's own method comes in."""
+"""The registry of methods: names, modes, variants, options and side inputs are checked; a method of one's own."""
 
 from __future__ import annotations
 
