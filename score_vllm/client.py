@@ -9,6 +9,7 @@ import asyncio
 import base64
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ class RequestFailed(Exception):
     def __init__(self, message: str, status: int | None = None, exhausted: bool = False) -> None:
         super().__init__(message)
         self.status, self.exhausted = status, exhausted
+
+
+class NotCompressed(RequestFailed):
+    """The server answers, and does not do what a ratio or method asks for."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,43 @@ class Client:
                 await asyncio.sleep(wait)
         tries = f" (after {self.retries + 1} tries)" if self.retries else ""
         raise RequestFailed(problem + tries, status, exhausted=True)
+
+
+async def compressed_lengths(client: Client, body: dict[str, Any], ratios: Sequence[float]) -> dict[float, int]:
+    """Prompt tokens of a request at each ratio, all below 1, and at 1; they must follow the ratio.
+
+    A stock server accepts ``retention_ratio`` as an unknown field and ignores it. Where ratio 1 does not fit the model,
+    half of the smallest ratio is compared.
+
+    Raises:
+        NotCompressed: the lengths do not follow the ratio, usage is not reported, or another method answered.
+        RequestFailed: a request failed.
+    """
+
+    async def length(ratio: float) -> int:
+        reply = await client.chat({**body, "retention_ratio": ratio, "max_tokens": 1})
+        if reply.prompt_tokens is None:
+            raise NotCompressed("the server reports no usage.prompt_tokens, so compression cannot be verified")
+        method = body.get("retention_method")
+        if method is not None and (said := (reply.score or {}).get("method", method)) != method:
+            raise NotCompressed(f"retention_method {method!r} was asked for, and the server used {said!r}")
+        return reply.prompt_tokens
+
+    lengths = {ratio: await length(ratio) for ratio in ratios}
+    try:
+        other = 1.0
+        lengths[other] = await length(other)
+    except NotCompressed:
+        raise
+    except RequestFailed:
+        other = min(ratios) / 2
+        lengths[other] = await length(other)
+    if any((lengths[ratio] - lengths[other]) * (ratio - other) <= 0 for ratio in ratios):
+        seen = ", ".join(f"{lengths[ratio]} prompt tokens at ratio {ratio:g}" for ratio in sorted(lengths))
+        raise NotCompressed(
+            f"the server ignores retention_ratio: {seen}; start score-serve, or leave the ratio to the server"
+        )
+    return lengths
 
 
 def error_text(response: httpx.Response) -> str:

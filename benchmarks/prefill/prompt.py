@@ -38,11 +38,6 @@ class Prompt:
         """[L - visual] int64, ascending."""
         return (self.token_types == 0).nonzero()[:, 0]
 
-    @property
-    def visual_slots(self) -> torch.Tensor:
-        """[visual] int64, ascending."""
-        return torch.cat(self.slots)
-
 
 def build_prompt(prepared: Prepared, seed: int = 0) -> Prompt:
     """Random text around the preset's videos, in the family's format.

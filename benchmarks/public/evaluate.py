@@ -14,14 +14,18 @@ from tqdm import tqdm
 from benchmarks.public.answers import Answers, ratio_name
 from benchmarks.public.formats import Question, find_video
 from benchmarks.public.prompts import prompt
-from score_vllm.client import Client, Reply, RequestFailed, chat_body, user_message, video_url
+from score_vllm.client import (
+    Client,
+    NotCompressed,
+    RequestFailed,
+    chat_body,
+    compressed_lengths,
+    user_message,
+    video_url,
+)
 
 SEND = ("file", "base64", "url")
 PROBED_VIDEOS = 5
-
-
-class ProbeFailed(Exception):
-    """The server does not do what the run would measure; the message says what was seen."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,11 @@ class Plan:
     videos: Videos
     reading: Mapping[str, float] = field(default_factory=dict)
 
-    async def ask(
-        self, client: Client, question: Question, path: Path, ratio: float | None, max_tokens: int | None = None
-    ) -> Reply:
-        """One question about its video, greedily; the video is read here and not earlier.
+    async def body(self, question: Question, path: Path, ratio: float | None) -> dict[str, Any]:
+        """The request about one question, greedy; the video is read here and not earlier.
 
         Raises:
-            RequestFailed: no answer, or the video cannot be read.
+            RequestFailed: the video cannot be read.
         """
         system, text = prompt(self.name, question, self.variant)
         try:
@@ -86,67 +88,42 @@ class Plan:
         except OSError as error:
             raise RequestFailed(f"the video cannot be read: {error}") from error
         messages = [] if system is None else [{"role": "system", "content": system}]
-        body = chat_body(
+        return chat_body(
             self.model,
             [*messages, user_message(url, text)],
-            max_tokens=max_tokens or self.max_tokens,
+            max_tokens=self.max_tokens,
             retention_ratio=ratio,
             retention_method=self.method,
             **self.reading,
         )
-        return await client.chat(body)
 
 
 async def probe(client: Client, plan: Plan) -> dict[str, Any]:
-    """Ask one question at ratio 1 and at every asked ratio, and compare the prompts' lengths.
-
-    A stock server accepts ``retention_ratio`` as an unknown field and ignores it; the scores would then be the whole
-    video's under the ratio's name. Where ratio 1 does not fit the model, half of the smallest ratio is compared.
+    """Ask one question at every ratio, to see whether the server compresses (:func:`compressed_lengths`).
 
     Returns:
         The question's id and prompt tokens by ratio; empty where no ratio below 1 is asked or no video is there.
 
     Raises:
-        ProbeFailed: the lengths do not follow the ratio, usage is not reported, or another method answered.
+        NotCompressed: it does not.
         RequestFailed: none of the first five videos could be asked about.
     """
-    asked = sorted({ratio for ratio in plan.ratios if ratio is not None and ratio < 1})
+    ratios = sorted({ratio for ratio in plan.ratios if ratio is not None and ratio < 1})
     root = plan.videos.root
     found = {q.video: (q, path) for q in reversed(plan.questions) if (path := find_video(root, q)) is not None}
-    candidates = list(reversed(found.values()))[:PROBED_VIDEOS]
-    if not asked or not candidates:
-        return {}
-
-    async def length(question: Question, path: Path, ratio: float) -> int:
-        reply = await plan.ask(client, question, path, ratio, max_tokens=1)
-        if reply.prompt_tokens is None:
-            raise ProbeFailed("the server reports no usage.prompt_tokens, so compression cannot be verified")
-        said = (reply.score or {}).get("method", plan.method)
-        if plan.method is not None and said != plan.method:
-            raise ProbeFailed(f"--retention-method {plan.method} was asked, and the server used {said!r}")
-        return reply.prompt_tokens
-
-    for question, path in candidates:
+    problem = None
+    for question, path in list(reversed(found.values()))[:PROBED_VIDEOS] if ratios else []:
         try:
-            lengths = {ratio: await length(question, path, ratio) for ratio in asked}
+            lengths = await compressed_lengths(client, await plan.body(question, path, ratios[0]), ratios)
+        except NotCompressed:
+            raise
         except RequestFailed as error:
             problem = error
             continue
-        try:
-            whole = 1.0
-            lengths[whole] = await length(question, path, whole)
-        except RequestFailed:
-            whole = asked[0] / 2
-            lengths[whole] = await length(question, path, whole)
-        same = [r for r in asked if (lengths[r] >= lengths[whole] if whole == 1.0 else lengths[r] <= lengths[whole])]
-        if same:
-            seen = ", ".join(f"{lengths[r]} prompt tokens at ratio {r}" for r in sorted(lengths))
-            raise ProbeFailed(
-                f"the server ignores retention_ratio: question {question.id} has {seen}. A stock server accepts the "
-                "field and does nothing; start score-serve, or ask for --retention-ratio default"
-            )
         return {"question": question.id, "prompt_tokens": {ratio_name(r): lengths[r] for r in sorted(lengths)}}
-    raise RequestFailed(f"no answer about any of the first {len(candidates)} videos: {problem}")
+    if problem is not None:
+        raise RequestFailed(f"no answer about any of the first {PROBED_VIDEOS} videos: {problem}")
+    return {}
 
 
 async def ask_one(client: Client, plan: Plan, question: Question, ratio: float | None) -> dict[str, Any]:
@@ -157,7 +134,7 @@ async def ask_one(client: Client, plan: Plan, question: Question, ratio: float |
         places = ", ".join(str(plan.videos.root / folder) for folder in question.folders)
         return record | {"status": "failed", "error": f"video {question.video!r} not found in {places}"}
     try:
-        reply = await plan.ask(client, question, path, ratio)
+        reply = await client.chat(await plan.body(question, path, ratio))
     except RequestFailed as error:
         return record | {"status": "failed", "error": str(error), "asked": True}
     return record | {

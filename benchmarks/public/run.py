@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, RUNS, at_least, table, write_results
 from benchmarks.public.answers import Answers, ratio_name
-from benchmarks.public.evaluate import SEND, Plan, ProbeFailed, Videos, ask_all, probe
+from benchmarks.public.evaluate import SEND, Plan, Videos, ask_all, probe
 from benchmarks.public.formats import SETS, digest, read_questions
 from benchmarks.public.prompts import VARIANTS
 from benchmarks.public.rows import FormatError
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ProbeFailed, RequestFailed) as error:
+    except RequestFailed as error:
         print(f"error: {error}; nothing was scored", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -25,10 +25,11 @@ def load_rows(document: Document) -> tuple[list[str], Lines]:
         if row is base:
             continue
         line = [row["config"], str(row["concurrency"])]
-        line.append(f"{row['requests_per_second'] / base['requests_per_second']:.2f}x")
+        answered = row["requests_per_second"] and base["requests_per_second"]
+        line.append(f"{row['requests_per_second'] / base['requests_per_second']:.2f}x" if answered else "-")
         for key in ("ttft_ms", "itl_ms", "e2e_ms"):
-            shares = [f"{row[key][p] / base[key][p]:.2f}" for p in ("p50", "p95", "p99")]
-            line.append(" / ".join(shares) if row[key] and base[key] else "-")
+            percentiles = ("p50", "p95", "p99") if answered and row[key] and base[key] else ()
+            line.append(" / ".join(f"{row[key][p] / base[key][p]:.2f}" for p in percentiles) or "-")
         line.append(f"{row['peak_rss_bytes'] / base['peak_rss_bytes']:.2f}x")
         lines.append([*line, f"{row['failures']} + {base['failures']} of {row['requests']} each"])
     names = ["TTFT", "between tokens", "whole answer", "memory", "failed, ours + vanilla's"]

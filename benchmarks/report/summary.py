@@ -8,7 +8,7 @@ from benchmarks.harness import row_name, table
 from benchmarks.report import NOT_MEASURED, Block, Document, link
 
 RATIOS = (0.4, 0.25, 0.1)
-PREFILL, TTFT, LOAD = FILES = "prefill_latency_tiny.json", "ttft_stages_bench.json", "load_bench.json"
+FILES = "prefill_latency_tiny.json", "ttft_stages_bench.json", "load_bench.json"
 USERS = 16
 
 

@@ -23,7 +23,7 @@ from benchmarks.harness import at_least, ratios
 from benchmarks.report.serving import BENCH_SERVE
 from benchmarks.serving.aggregate import aggregate
 from benchmarks.serving.client import Counts
-from benchmarks.serving.load import make_requests, run_level
+from benchmarks.serving.load import make_requests, question, run_level
 from benchmarks.serving.server import KINDS, SERVED_NAME, VLLM_CLI, Server, running
 from benchmarks.serving.setup import answers_of, check_ratio_one, parse, prepare, serving_parser
 
@@ -107,7 +107,7 @@ def main() -> None:
     visual, plain, rows = args.shape.visual_tokens, [], []
     for kind, ratio in zip(KINDS, (None, args.ratio[0]), strict=True):
         with running(kind, setup.options, setup.folder) as server:
-            first = answers_of(server, checks, None if ratio is None else 1.0)
+            first = answers_of(server, checks, None if ratio is None else 1.0, question(0))
             plain = plain or first
             counts = Counts(visual, plain[0].usage["prompt_tokens"] - visual)
             if ratio is not None and check_ratio_one(plain, first) != counts:

@@ -178,10 +178,10 @@ def main() -> None:
     for config in configurations(args.ratios):
         with running(config.kind, setup.options, setup.folder) as server:
             if counts is None:
-                plain = answers_of(server, checks, None)
+                plain = answers_of(server, checks, None, question(0))
                 counts = Counts(visual, plain[0].usage["prompt_tokens"] - visual)
             else:
-                if check_ratio_one(plain, answers_of(server, checks, 1.0)) != counts:
+                if check_ratio_one(plain, answers_of(server, checks, 1.0, question(0))) != counts:
                     sys.exit("correctness check failed: the processor resized the clips; choose another size")
                 for ratio in config.ratios:
                     answers_of(server, checks, ratio)  # warms what the ratio needs

@@ -95,13 +95,13 @@ def prepare(name: str, args: argparse.Namespace, clips: int, max_tokens: int) ->
     return Setup(name, args, args.bench, folder, write_clips(media, args.shape, range(clips)), options)
 
 
-def answers_of(server: Server, urls: list[str], ratio: float | None) -> list[Answer]:
+def answers_of(server: Server, urls: list[str], ratio: float | None, text: str = QUESTION) -> list[Answer]:
     """One short answer per video, one request after the other.
 
     Raises:
         SystemExit: one of them is not right.
     """
-    requests = [Request(url, QUESTION, CHECK_TOKENS, ratio) for url in urls]
+    requests = [Request(url, text, CHECK_TOKENS, ratio) for url in urls]
     return [ask(server.url, SERVED_NAME, [request])[0] for request in requests]
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 # In the order in which a request passes them.
 STAGES = ("download", "decode", "preprocess", "hand-over", "ViT", "compress", "LLM prefill", "first token")
-# A stage of vanilla vLLM that does not exist there.
-OPTIONAL = frozenset({"compress"})
 
 
 @dataclass(frozen=True)

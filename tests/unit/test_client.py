@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 
-from score_vllm.client import Client, Reply, RequestFailed, chat_body, user_message, video_url
-from tests.stub_server import Answer, Stub, compressing, stub_server
+from score_vllm.client import (
+    Client,
+    NotCompressed,
+    Reply,
+    RequestFailed,
+    chat_body,
+    compressed_lengths,
+    user_message,
+    video_url,
+)
+from tests.stub_server import Answer, Stub, completion, compressing, stub_server
 
 
 @pytest.fixture
@@ -113,3 +122,46 @@ def test_video_urls(tmp_path: Path) -> None:
     assert video_url(clip, "base64") == "data:video/x-matroska;base64,cGl4ZWxz"
     with pytest.raises(ValueError, match="send must be 'file' or 'base64', got 'frames'"):
         video_url(clip, "frames")
+
+
+def lengths(stub: Stub, ratios: list[float], **fields: Any) -> dict[float, int]:
+    async def call() -> dict[float, int]:
+        async with Client(stub.url) as client:
+            return await compressed_lengths(client, {"model": "m", "messages": [], **fields}, ratios)
+
+    return asyncio.run(call())
+
+
+def test_prompts_that_follow_the_ratio(stub: Stub) -> None:
+    assert lengths(stub, [0.25, 0.1]) == {0.25: 270, 0.1: 120, 1.0: 1020}
+    assert {body["max_tokens"] for body in stub.bodies} == {1}
+
+    def too_long(body: dict[str, Any]) -> Answer:
+        return (400, {"error": {"message": "too long"}}) if body["retention_ratio"] == 1 else compressing(body)
+
+    stub.reply = too_long
+    assert lengths(stub, [0.25]) == {0.25: 270, 0.125: 145}
+
+
+@pytest.mark.parametrize(("status", "compared"), [(200, (0.25, 1)), (400, (0.125, 0.25))])
+def test_a_server_that_ignores_the_ratio_is_found_out(status: int, compared: tuple[float, float], stub: Stub) -> None:
+    """Also where ratio 1 is refused."""
+
+    def same(body: dict[str, Any]) -> Answer:
+        refused = status == 400 and body["retention_ratio"] == 1
+        return (400, {"error": "too long"}) if refused else completion(prompt_tokens=1000)
+
+    stub.reply = same
+    seen = " prompt tokens at ratio ".join(["1000", f"{compared[0]}, 1000", str(compared[1])])
+    with pytest.raises(NotCompressed, match=f"the server ignores retention_ratio: {seen}; start score-serve"):
+        lengths(stub, [0.25])
+
+
+def test_compression_that_cannot_be_verified(stub: Stub) -> None:
+    stub.reply = lambda _: completion(prompt_tokens=None)
+    with pytest.raises(NotCompressed, match=r"no usage\.prompt_tokens"):
+        lengths(stub, [0.25])
+    stub.reply = lambda body: (200, {**compressing(body)[1], "score": {"method": "vidcom2"}})
+    assert lengths(stub, [0.25])[0.25] == 270
+    with pytest.raises(NotCompressed, match="retention_method 'evs' was asked for, and the server used 'vidcom2'"):
+        lengths(stub, [0.25], retention_method="evs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import importlib.metadata
 import tomllib
@@ -13,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from score_vllm.client import Client, RequestFailed
+from score_vllm.client import RequestFailed
 from score_vllm.integrations.lmms_eval.manifest import (
     EvaluationStopped,
     chat_body,
     manifest,
     openai_messages,
-    verify,
     video_url,
 )
 from tests.stub_server import Stub, completion, compressing, stub_server
@@ -95,21 +93,6 @@ def test_body() -> None:
         chat_body("m", [], None, None, {"num_beams": 4})
     with pytest.raises(ValueError, match="retention_ratio must be a number in"):
         chat_body("m", [], 2.0, None, {})
-
-
-def test_a_server_that_ignores_the_ratio_is_found_out(stub: Stub) -> None:
-    async def check(body: dict[str, Any]) -> None:
-        async with Client(stub.url) as endpoint:
-            await verify(endpoint, body)
-
-    asyncio.run(check(chat_body("m", [], 0.25, None, {})))
-    assert [body["retention_ratio"] for body in stub.bodies] == [0.25, 1.0]
-    for ratio in (1.0, None):
-        asyncio.run(check(chat_body("m", [], ratio, None, {})))
-    assert len(stub.bodies) == 2, "there is nothing to compare"
-    stub.reply = lambda _: completion(prompt_tokens=1000)
-    with pytest.raises(RequestFailed, match=r"the server ignores .*: 1000 prompt tokens at 0\.25, 1000 at 1"):
-        asyncio.run(check(chat_body("m", [], 0.25, None, {})))
 
 
 def test_the_entry_point_is_declared_and_loads() -> None:

@@ -181,7 +181,7 @@ def test_another_method_than_asked_is_found_out(
 
     stub.reply = reply
     assert run("--retention-ratio", "0.1", "--retention-method", "evs") == 1
-    assert "--retention-method evs was asked, and the server used 'vidcom2'" in capsys.readouterr().err
+    assert "retention_method 'evs' was asked for, and the server used 'vidcom2'" in capsys.readouterr().err
 
 
 def _fails_for(stem: str, answer: Answer) -> Callable[[dict[str, Any]], Answer]:

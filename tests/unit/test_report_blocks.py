@@ -84,6 +84,14 @@ def test_load() -> None:
     ]
 
 
+def test_load_where_nothing_was_answered() -> None:
+    document = load_document()
+    nothing = dict.fromkeys(("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"), None)
+    document["rows"][0] |= {**nothing, "requests_per_second": 0.0, "failures": 8}
+    (first, _) = cells(BLOCKS["load"].part(document, "load_x.json"))
+    assert first == ["SCORE 10%", "1", "-", "-", "-", "-", "0.50x", "0 + 8 of 8 each"]
+
+
 def test_crosscheck() -> None:
     def row(client: str, scale: float) -> dict[str, Any]:
         times = {"ttft_p50_ms": 10 * scale, "ttft_p95_ms": 20 * scale, "tpot_p50_ms": 4 * scale}

@@ -13,7 +13,7 @@ from typing import Any
 
 from score_vllm import client
 from score_vllm.budget import check_retention_ratio
-from score_vllm.client import Client, RequestFailed
+from score_vllm.client import RequestFailed
 
 MODEL_ID = "score_vllm"
 
@@ -115,25 +115,3 @@ def chat_body(
         top_p=generation.get("top_p"),
         seed=generation.get("seed"),
     )
-
-
-async def verify(endpoint: Client, body: dict[str, Any]) -> None:
-    """The prompt of this request must be shorter than at ratio 1: a stock server ignores the ratio.
-
-    Raises:
-        RequestFailed: it is not, or the server reports no usage, or a request failed.
-    """
-    asked = body.get("retention_ratio")
-    if asked is None or asked == 1:
-        return
-    lengths = []
-    for ratio in (asked, 1.0):
-        reply = await endpoint.chat({**body, "retention_ratio": ratio, "max_tokens": 1})
-        if reply.prompt_tokens is None:
-            raise RequestFailed("the server reports no usage.prompt_tokens, so compression cannot be verified")
-        lengths.append(reply.prompt_tokens)
-    if lengths[0] >= lengths[1]:
-        raise RequestFailed(
-            f"the server ignores retention_ratio: {lengths[0]} prompt tokens at {asked}, {lengths[1]} at 1; "
-            "start score-serve, or leave out retention_ratio"
-        )

@@ -11,8 +11,8 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from score_vllm.budget import check_retention_ratio
-from score_vllm.client import SEND, Client, RequestFailed
-from score_vllm.integrations.lmms_eval.manifest import EvaluationStopped, chat_body, openai_messages, verify
+from score_vllm.client import SEND, Client, RequestFailed, compressed_lengths
+from score_vllm.integrations.lmms_eval.manifest import EvaluationStopped, chat_body, openai_messages
 
 
 class ScoreVideoModel(lmms):
@@ -82,8 +82,8 @@ class ScoreVideoModel(lmms):
                 messages = await asyncio.to_thread(openai_messages, doc_to_messages(document), self.send)
                 body = chat_body(self.model, messages, self.retention_ratio, self.retention_method, dict(generation))
                 async with self._verifying:
-                    if not self._verified:
-                        await verify(endpoint, body)
+                    if not self._verified and body.get("retention_ratio", 1) < 1:
+                        await compressed_lengths(endpoint, body, [body["retention_ratio"]])
                         self._verified = True
                 reply = await endpoint.chat(body)
                 if reply.text is None:
