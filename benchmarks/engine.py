@@ -6,9 +6,10 @@ import gc
 import os
 from typing import Any
 
-# Before vllm is imported: one process, so that the model can be reached. A SCORE engine registers our plug-in itself.
+# Before vllm is imported: one process, so that the model can be reached, and our plug-in alone. Without a serving
+# configuration our model class does what vLLM's does.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_PLUGINS", "")
+os.environ.setdefault("VLLM_PLUGINS", "score")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -39,8 +40,6 @@ def as_loaded(frames: np.ndarray) -> Video:
 class Engine:
     """One engine for one request at a time, without caches.
 
-    Plain engines are to be made before the first SCORE engine, which registers our model class for the process.
-
     Args:
         model: directory or hub id.
         serving: our serving configuration; None leaves vLLM as it is.
@@ -61,9 +60,6 @@ class Engine:
         from vllm import LLM
 
         if serving is not None:
-            from score_vllm import plugin
-
-            plugin.register()
             options["hf_overrides"] = serving.to_overrides()
         self.llm = LLM(
             model=model,
@@ -80,6 +76,8 @@ class Engine:
             **options,
         )
         self.module = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        if serving is not None and getattr(self.module, "compressor", None) is None:
+            raise RuntimeError("vLLM did not load our plug-in; install this package in the environment of vLLM")
         self.pad = self.llm.get_tokenizer().convert_tokens_to_ids("<|video_pad|>")
         self.ms = {"forward": 0.0, "compressor": 0.0, "saliency": 0.0}
         self.forward_rows: list[int] = []

@@ -57,8 +57,6 @@ class VllmEngine(Engine):
             gpu_memory_utilization=gpu_memory,
             **options,
         )
-        if serving is not None and getattr(self.module, "compressor", None) is None:
-            raise CheckError("vLLM did not load our model class")
         if not prepared.has_weights:
             draw_weights(self.module)
         if pruning is not None:

@@ -220,7 +220,6 @@ def main() -> None:
         serving = None if name == "vanilla" else ServingConfig(args.ratio[0], policy=model.policy)
         return Engine(model.path, serving, dtype=args.dtype, length=length, **options, **args.engine_args)
 
-    # Plain vLLM first, see Engine.
     engines = {name: make(name, size(args.lengths[-1]).visual_tokens + 256) for name in ("vanilla", "score")}
     per_pair, text = check(engines, size(args.lengths[0]))
 

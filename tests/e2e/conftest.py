@@ -74,6 +74,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Path], cac
     log = folder / "server.log"
     command = [str(SCORE_SERVE), *args]
     # Raises with the end of the log where the server does not start, or dies during the tests.
-    with running_process(command, url, log, environment(cache), seconds=240) as process:
+    with running_process(command, url, log, environment(cache)) as process:
         yield Server(url, log, process, media)
     assert not re.search(r"EngineDeadError|EngineCore encountered", log.read_text(errors="replace"))

@@ -40,7 +40,7 @@ def test_a_plugin_that_does_not_load_in_the_worker_stops_the_server(cache: Path,
     command = [str(SCORE_SERVE), "--model", "demo", "--host", "127.0.0.1", "--port", str(port)]
     with (
         pytest.raises(RuntimeError, match=r"the server ended with [1-9]"),
-        running_process(command, f"http://127.0.0.1:{port}", log, env, seconds=240),
+        running_process(command, f"http://127.0.0.1:{port}", log, env),
     ):
         pass
     text = log.read_text(errors="replace")
