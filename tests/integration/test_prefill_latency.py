@@ -143,10 +143,10 @@ def test_qwen3_vl_through_transformers(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--preset", "nosuch"], "preset must be one of"),
-        (["--ratios", "1.5"], "--ratios must be numbers in (0, 1)"),
+        (["--ratios", "1.5"], "--ratios: must be numbers in (0, 1]"),
         (["--methods", "nosuch"], "method must be one of"),
         (["--engines", "nosuch"], "engine must be one of"),
-        (["--repeats", "0"], "repeats must be an integer >= 1"),
+        (["--repeats", "0"], "--repeats: must be an integer >= 1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
