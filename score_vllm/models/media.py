@@ -6,14 +6,12 @@ score-serve chooses it with ``VLLM_MEDIA_CONNECTOR=score``; without that nothing
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
 
 from PIL import UnidentifiedImageError
-from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import (
     MEDIA_CONNECTOR_REGISTRY,
@@ -26,6 +24,7 @@ from vllm.multimodal.media import (
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from score_vllm.config import MEDIA_CONNECTOR
+from score_vllm.models.downloads import FETCHED_BYTES, Budget, Downloads, Lease, current_lease
 from score_vllm.models.jpeg_sequence import load_jpeg_sequence
 from score_vllm.models.media_error import media_error
 from score_vllm.models.media_url import decode_base64, looks_like_video, split_data_url
@@ -33,20 +32,21 @@ from score_vllm.models.video_loaders import ScoreVideoLoader
 from score_vllm.models.video_options import VideoOptions, pending_options
 from score_vllm.video import DecodeLimits, DecoderBusyError, VideoError
 
-
-class Downloads(HTTPConnection):
-    """vLLM's downloads, retries and all, within the seconds that one medium has."""
-
-    async def async_get_bytes(self, url: str, *, timeout: float | None = None, **options: Any) -> bytes:  # type: ignore[override]
-        # No timeout below: aiohttp would take our cancellation for its own, and vLLM would try again.
-        async with asyncio.timeout(timeout):
-            return await super().async_get_bytes(url, timeout=None, **options)
-
-
 _downloads = Downloads()
+_budget = Budget(FETCHED_BYTES)
 
 
-class _ImageIO(ImageMediaIO):
+class _Leasing:
+    """A reader whose bytes are counted where it runs in a thread: there the task's own variable is not known."""
+
+    lease: Lease | None = None
+
+    def count(self, size: int) -> None:
+        if self.lease is not None:
+            self.lease.take(size)
+
+
+class _ImageIO(_Leasing, ImageMediaIO):
     def load_bytes(self, data: bytes) -> Any:
         try:
             return super().load_bytes(data)
@@ -57,8 +57,10 @@ class _ImageIO(ImageMediaIO):
             raise ValueError(f"the file is not an image in a known format{hint}") from error
 
 
-class _VideoIO(VideoMediaIO):
+class _VideoIO(_Leasing, VideoMediaIO):
     """One video: what the request says about it, and what is left of its seconds."""
+
+    kwargs: dict[str, Any]
 
     def __init__(self, image_io: ImageMediaIO, options: VideoOptions, seconds: float, **kwargs: Any) -> None:
         super().__init__(image_io, **kwargs)
@@ -75,10 +77,8 @@ class _VideoIO(VideoMediaIO):
         rest = self._end - time.monotonic()
         if rest <= 0:
             raise DecoderBusyError("this server is busy: the video waited for its turn until its time was over")
-        video = self.video_loader.load_bytes(
-            data, num_frames=self.num_frames, **{**self.kwargs, "deadline": rest, "options": self._options}
-        )
-        return MediaWithBytes(video, data)
+        self.kwargs = {**self.kwargs, "deadline": rest, "options": self._options}
+        return super().load_bytes(data)
 
     def load_base64(self, media_type: str, data: str) -> Any:
         if media_type != "video/jpeg":
@@ -101,12 +101,17 @@ class ScoreMediaConnector(MediaConnector):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"connection": _downloads, **kwargs})
+        self.budget = _budget
         self.seconds = float(self.media_io_kwargs.get("video", {}).get("deadline", DecodeLimits().deadline))
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: Any = None) -> Any:
         """vLLM's, within the deadline; raises what :func:`media_error` makes of anything that goes wrong."""
         try:
-            return await super().load_from_url_async(url, media_io, fetch_timeout=self.seconds)  # type: ignore[arg-type]
+            with self.budget.lease() as lease:
+                current_lease.set(lease)
+                if isinstance(media_io, _Leasing):
+                    media_io.lease = lease
+                return await super().load_from_url_async(url, media_io, fetch_timeout=self.seconds)  # type: ignore[arg-type]
         except Exception as error:
             # vLLM wraps what the far server said, under the name of another field.
             wrapped = isinstance(error, VLLMUnprocessableEntityError) and isinstance(error.__cause__, Exception)
@@ -142,6 +147,8 @@ class ScoreMediaConnector(MediaConnector):
 
     def _load_data_url(self, url: str, media_io: MediaIO[Any]) -> Any:
         media_type, payload = split_data_url(url)
+        if isinstance(media_io, _Leasing):
+            media_io.count(len(payload))
         if isinstance(media_io, _VideoIO):
             return media_io.load_base64(media_type, payload)
         return media_io.load_bytes(decode_base64(payload))
@@ -157,4 +164,6 @@ class ScoreMediaConnector(MediaConnector):
             raise ValueError("a file:// URL must lie in the folder of --allowed-local-media-path")
         if path.exists() and not path.is_file():
             raise ValueError("the file:// URL does not name a regular file")
+        if isinstance(media_io, _Leasing):
+            media_io.count(path.stat().st_size)
         return media_io.load_file(path)

@@ -7,6 +7,7 @@ import base64
 import errno
 import io
 import os
+import resource
 import socket
 import threading
 import urllib.parse
@@ -26,7 +27,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
 
 from score_vllm.config import MEDIA_CONNECTOR
-from score_vllm.models import media, media_error, video_loaders
+from score_vllm.models import downloads, media, media_error, video_loaders
 from score_vllm.models.media_url import decode_base64, looks_like_video, split_data_url
 from score_vllm.models.video_options import VideoOptions, pending_options
 from score_vllm.video import DecoderBusyError, DecoderUnavailableError, VideoError, decode_video
@@ -48,7 +49,7 @@ def fetch(url: str, *options: VideoOptions, **kwargs: Any) -> Any:
     async def inner() -> Any:
         pending_options.set(iter(options))
         loader = connector(**kwargs)
-        loader.connection = media.Downloads()  # the shared one belongs to the loop of a server
+        loader.connection = downloads.Downloads()  # the shared one belongs to the loop of a server
         try:
             return (await loader.fetch_video_async(url)).media
         finally:
@@ -331,6 +332,89 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         port = listener.getsockname()[1]
     status, said = refused(f"http://127.0.0.1:{port}/clip.mp4")
     assert (status, "cannot be reached: Connect" in said) == (502, True)
+
+
+def test_bytes_of_all_requests_together_are_bounded(media_server: Any, clips: dict[str, Path]) -> None:
+    """A download that hangs holds what has come; the next ones find no room, and all of it is given back."""
+    budget = downloads.Budget(300_000)
+    size = clips["plain"].stat().st_size
+    data_url = "data:video/mp4;base64," + base64.b64encode(b"x" * 200_000).decode()
+    hanging = media_server(ENDLESS + b"x" * 250_000, b"")
+    arrived: list[int] = []
+
+    async def inner() -> list[Any]:
+        client = downloads.Downloads()
+        loaders = []
+        for seconds in (3.0, 30.0, 30.0, 30.0):
+            loaders.append(connector(str(clips["plain"].parent), deadline=seconds))
+            loaders[-1].budget, loaders[-1].connection = budget, client
+        try:
+            first = asyncio.ensure_future(loaders[0].fetch_video_async(hanging))
+            while budget.held < 250_000 and not first.done():
+                await asyncio.sleep(0.01)
+            arrived.append(budget.held)
+            urls = [data_url, hanging, f"file://{clips['plain']}"]
+            rest = [loader.fetch_video_async(url) for loader, url in zip(loaders[1:], urls, strict=True)]
+            return await asyncio.gather(first, *rest, return_exceptions=True)
+        finally:
+            await (await client.get_async_client()).close()
+
+    hung, data, other, file = asyncio.run(inner())
+    assert arrived == [250_000]
+    assert hung.http_status == 504
+    for refused_one in (data, other):
+        assert (refused_one.http_status, refused_one.retry_after) == (503, 5)
+        assert "memory for media" in str(refused_one)
+    assert size < 50_000
+    assert len(file.media[0]) == 12
+    assert budget.held == 0
+
+
+def test_lost_connections_are_tried_again(clips: dict[str, Path]) -> None:
+    """The first answer is cut off before its head."""
+    data = clips["plain"].read_bytes()
+    answers = [b"", b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n"]
+    answers.append(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+
+    def serve(listener: socket.socket) -> None:
+        for answer in answers:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        frames, _ = fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/clip.mp4")
+    assert len(frames) == 12
+
+
+def test_no_file_handle_left_is_this_servers_fault(clips: dict[str, Path]) -> None:
+    """Of a data URL and of a download; afterwards all is well."""
+    url = "data:video/mp4;base64," + base64.b64encode(clips["plain"].read_bytes()).decode()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def inner() -> list[Any]:
+        loader = connector()
+        loader.connection = downloads.Downloads()
+        await loader.fetch_video_async(url)  # what is opened once is open
+        first_free = os.open(os.devnull, os.O_RDONLY)
+        os.close(first_free)
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+        try:
+            fetches = [loader.fetch_video_async(u) for u in (url, "http://127.0.0.1:9/clip.mp4")]
+            return await asyncio.gather(*fetches, return_exceptions=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for handle in held:
+                os.close(handle)
+            await (await loader.connection.get_async_client()).close()
+
+    for error in asyncio.run(inner()):
+        assert isinstance(error, media_error.MediaError), error
+        assert (error.http_status, error.retry_after) == (503, 5)
+    assert len(fetch(url)[0]) == 12
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/a.mp4", "nonsense", "http://", "http://[::1", "/a/b.mp4"])

@@ -48,6 +48,7 @@ def _watch_stages(path: Path) -> None:
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
     from score_vllm.models.adapter import VideoCompressor
+    from score_vllm.models.downloads import Downloads
 
     def write(name: str, start: float) -> None:
         # Opened anew: forked processes must not share a position. A line is one write.
@@ -71,16 +72,21 @@ def _watch_stages(path: Path) -> None:
 
         setattr(owner, method, timed)
 
-    fetch = HTTPConnection.async_get_bytes
+    def watch_download(owner: type) -> None:
+        fetch = owner.async_get_bytes
 
-    @functools.wraps(fetch)
-    async def timed_fetch(*args: Any, **kwargs: Any) -> bytes:
-        start = time.monotonic()
-        data = await fetch(*args, **kwargs)
-        write("download", start)
-        return data
+        @functools.wraps(fetch)
+        async def timed_fetch(*args: Any, **kwargs: Any) -> bytes:
+            start = time.monotonic()
+            data = await fetch(*args, **kwargs)
+            write("download", start)
+            return data
 
-    HTTPConnection.async_get_bytes = timed_fetch
+        owner.async_get_bytes = timed_fetch
+
+    # vLLM's own, and score-serve's, which does not call it.
+    watch_download(HTTPConnection)
+    watch_download(Downloads)
     watch(VideoMediaIO, "load_bytes", "decode")
     watch(BaseMultiModalProcessor, "apply", "preprocess")
     # The tower with everything after it, selection included; the split takes selection out again.
