@@ -89,7 +89,7 @@ def stale_pictures(results: Path, blocks: dict[str, Block]) -> list[tuple[Path, 
         (file, block)
         for block in blocks.values()
         for file in (sorted(results.glob(block.pattern)) if block.picture else [])
-        # Files older than the schema were written before there were pictures.
+        # Files without a schema have no picture.
         if "schema" in read_results(file) and picture_source(file.with_suffix(".png")) != file_digest(file)
     ]
 

@@ -13,9 +13,7 @@ How a compressed video passes through vLLM:
 
 Step 4 depends on no state of the request, so prefix-cache hits, chunk boundaries inside a video, several videos
 and images beside them need no repair, and vLLM's own pruning switch, with its hooks in the runners, stays off.
-A step without visual rows does no position work. Deviates from the first design note, which went through
-``recompute_mrope_positions``: that hook is called for every request on every decode step of the V1 runner, and
-never by the CPU runner.
+A step without visual rows does no position work. Why vLLM's own hooks are not used: docs/internals.md.
 """
 
 from __future__ import annotations
