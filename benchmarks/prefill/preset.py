@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from benchmarks.prefill.flops import TextShape
 from score_vllm.budget import num_retained_tokens
@@ -13,7 +15,6 @@ from score_vllm.types import VideoGrid
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 ENGINES = ("vllm", "transformers")
-WEIGHTS = ("demo", "recipe", "random", "checkpoint")
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 # vLLM's plug-in knows this family alone.
 SERVED_FAMILIES = ("qwen2_5_vl",)
@@ -23,8 +24,10 @@ SEED = 20260323
 PAPER_RATIOS = (0.4, 0.25, 0.1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
+Grid = Annotated[VideoGrid, BeforeValidator(lambda grid: grid if isinstance(grid, VideoGrid) else VideoGrid(*grid))]
+
+
+class Preset(BaseModel):
     """A model and a prompt.
 
     Attributes:
@@ -40,36 +43,28 @@ class Preset:
         text_tokens: all tokens that are not visual (for Qwen3-VL without timestamps and the markers around cells).
         engines: in the order in which they run.
         repeats: timed runs per row.
-        config: see ``weights``.
-        model: see ``weights``.
+        config, model: see ``weights``.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     description: str
-    weights: str
-    dtype: str
+    weights: Literal["demo", "recipe", "random", "checkpoint"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     needs_gpu: bool
-    videos: tuple[VideoGrid, ...]
-    text_tokens: int
-    engines: tuple[str, ...]
-    repeats: int
+    videos: tuple[Grid, ...] = Field(min_length=1)
+    text_tokens: int = Field(ge=8)
+    engines: tuple[Literal["vllm", "transformers"], ...] = Field(min_length=1)
+    repeats: int = Field(ge=1)
     config: dict[str, Any] | None = None
     model: str | None = None
 
-    def __post_init__(self) -> None:
-        for field, known in (("weights", WEIGHTS), ("dtype", ("float32", "bfloat16", "float16"))):
-            if getattr(self, field) not in known:
-                raise ValueError(f"preset {self.name}: {field} must be one of {known}, got {getattr(self, field)!r}")
-        if not self.engines or not set(self.engines) <= set(ENGINES):
-            raise ValueError(f"preset {self.name}: engines must be some of {ENGINES}, got {self.engines!r}")
-        for field, least in (("text_tokens", 8), ("repeats", 1)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"preset {self.name}: {field} must be an integer >= {least}, got {value!r}")
-        if not self.videos:
-            raise ValueError(f"preset {self.name}: videos must not be empty")
+    @model_validator(mode="after")
+    def _config_goes_with_weights(self) -> Preset:
         if (self.config is None) != (self.weights in ("demo", "checkpoint")):
-            raise ValueError(f"preset {self.name}: config goes with weights 'recipe' and 'random', and only with them")
+            raise ValueError("config goes with weights 'recipe' and 'random', and only with them")
+        return self
 
     @property
     def visual_tokens(self) -> int:
@@ -107,21 +102,24 @@ def load_preset(name: str, **changes: Any) -> Preset:
         known = sorted(p.stem for p in PRESETS.glob("*.json"))
         raise ValueError(f"preset must be one of {known} or a .json file, got {name!r}")
     raw = json.loads(path.read_text(encoding="utf-8"))
+    return read_preset(path.name, name=path.stem, **raw | {key: v for key, v in changes.items() if v is not None})
+
+
+def read_preset(where: str, **fields: Any) -> Preset:
+    """A checked preset; a ValueError says in one line what is wrong."""
     try:
-        raw["videos"] = tuple(VideoGrid(*grid) for grid in raw["videos"])
-        raw["engines"] = tuple(raw["engines"])
-        preset = Preset(name=path.stem, **raw)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    return replace(preset, **{key: value for key, value in changes.items() if value is not None})
+        return Preset(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {place}: {first['msg']}, got {first['input']!r:.100}") from None
 
 
 def checkpoint_preset(model: str, like: Preset) -> Preset:
     """A real model's weights with the prompt of another preset."""
     name = Path(model.rstrip("/")).name or "model"
-    return replace(
-        like, name=name, description=f"the weights of {model}", weights="checkpoint", config=None, model=model
-    )
+    changes = {"name": name, "description": f"the weights of {model}", "weights": "checkpoint", "config": None}
+    return read_preset(model, **dict(like) | changes | {"model": model})
 
 
 @dataclass(frozen=True)

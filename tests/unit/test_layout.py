@@ -71,6 +71,7 @@ def test_imports_point_down(path: Path) -> None:
             assert level <= own, f"{name} imports {imported}, which lives above it"
         top = imported.split(".")[0]
         assert top not in {"kernels", "server", "train"}, f"{name}: import score_vllm.{top}"
+        assert top not in {"benchmarks", "tests"}, f"{name} must not import {top}"
         room = name.split(".")[1] if "." in name else ""
         if top == "vllm":
             assert room in VLLM_ROOMS or str(path.relative_to(ROOT)) in VLLM_FILES, f"{name} must not import vllm"
