@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, RUNS, at_least, table, write_results
+from benchmarks.harness import RESULTS, RUNS, at_least
 from benchmarks.public.answers import Answers, ratio_name
 from benchmarks.public.evaluate import SEND, Plan, Videos, ask_all, probe
 from benchmarks.public.formats import SETS, digest, read_questions
 from benchmarks.public.prompts import VARIANTS
 from benchmarks.public.rows import FormatError
-from benchmarks.public.scoring import Score, score, score_rows
+from benchmarks.public.scoring import Score, score
+from benchmarks.report import publish
 from score_vllm.client import Client, RequestFailed
 
 SHOWN_FAILURES = 20
@@ -168,28 +169,24 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
         "probe": probed or None,
         "over_answered_only": args.allow_failures and not all(s.complete for s in scores),
     }
-    write_results(output, [s.to_json() for s in scores], **configuration, **facts)
-    _report(args, scores, chosen.title, len(questions), chosen.size)
-    print(f"written: {os.path.relpath(output)}; answers: {os.path.relpath(answers.path)}")
+    publish("accuracy_public", output, [s.to_json() for s in scores], **configuration, **facts)
+    print(f"answers: {os.path.relpath(answers.path)}")
+    name_failures(scores, args.allow_failures)
     if not went_through:
         print(f"stopped after {args.max_failures} failed requests (--max-failures)", file=sys.stderr)
     return 0 if all(s.complete for s in scores) else 1
 
 
-def _report(args: argparse.Namespace, scores: list[Score], title: str, asked: int, size: int) -> None:
-    part = "" if asked == size else f", {asked} of {size} questions: not the published set's figure"
-    print(f"{title}, {args.prompt} prompt{part}; percent [95 % interval]")
-    if any(s.headline is not None and not s.complete for s in scores):
-        print("OVER ANSWERED QUESTIONS ONLY: some requests failed, see below")
-    print(table(*score_rows(SETS[args.benchmark], scores)))
+def name_failures(scores: list[Score], allowed: bool) -> None:
+    """Say on standard error what the table cannot: which requests failed and why."""
     for s in scores:
         if len(s.methods) > 1:
             print(f"ratio {ratio_name(s.ratio)}: MIXED METHODS {', '.join(s.methods)}", file=sys.stderr)
         if s.failed:
             print(f"ratio {ratio_name(s.ratio)}: {len(s.failed)} failed request(s)", file=sys.stderr)
-            for question, reason in list(s.failed.items())[:SHOWN_FAILURES]:
-                print(f"  {question}: {reason}", file=sys.stderr)
-            if len(s.failed) > SHOWN_FAILURES:
-                print(f"  ... and {len(s.failed) - SHOWN_FAILURES} more, in the results file", file=sys.stderr)
-    if not args.allow_failures and any(s.headline is None for s in scores):
+        for question, reason in list(s.failed.items())[:SHOWN_FAILURES]:
+            print(f"  {question}: {reason}", file=sys.stderr)
+        if len(s.failed) > SHOWN_FAILURES:
+            print(f"  ... and {len(s.failed) - SHOWN_FAILURES} more, in the results file", file=sys.stderr)
+    if not allowed and any(s.headline is None for s in scores):
         print("a score is withheld while requests fail; repeat the command to ask them again", file=sys.stderr)

@@ -65,9 +65,6 @@ class Accuracy:
         percent = {"accuracy": self.value * 100, "low": self.low * 100, "high": self.high * 100}
         return {**percent, "correct": self.correct, "total": self.total}
 
-    def __str__(self) -> str:
-        return f"{self.value * 100:.1f} [{self.low * 100:.1f}, {self.high * 100:.1f}]"
-
 
 @dataclass(frozen=True)
 class Score:
@@ -158,25 +155,3 @@ def score(
         headline = Accuracy.mean_of(list(groups.values())) if chosen.macro else Accuracy.of(outcomes)
     mean = statistics.fmean(tokens) if tokens else None
     return Score(ratio, headline, groups, len(outcomes), unanswered, failed, missing, mean, sorted(methods))
-
-
-def score_rows(chosen: BenchmarkSet, scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table with one column per ratio, in percent with 95 % intervals."""
-    present = list(dict.fromkeys(group for s in scores for group in s.groups))
-
-    def cell(accuracy: Accuracy | None) -> str:
-        return "withheld" if accuracy is None else str(accuracy)
-
-    header = ["", *(f"ratio {ratio_name(s.ratio)}" for s in scores)]
-    rows = [[chosen.headline, *(cell(s.headline) for s in scores)]]
-    rows += [[f"  {group}", *(cell(s.groups.get(group)) for s in scores)] for group in present]
-    tokens = ["-" if s.prompt_tokens is None else f"{s.prompt_tokens:.1f}" for s in scores]
-    rows.append(["tokens per request", *tokens])
-    for label, counts in {
-        "scored": [s.scored for s in scores],
-        "unanswered (wrong)": [s.unanswered for s in scores],
-        "failed": [len(s.failed) for s in scores],
-        "not asked": [s.missing for s in scores],
-    }.items():
-        rows.append([label, *map(str, counts)])
-    return header, rows

@@ -89,28 +89,29 @@ def served_whole(results: dict[str, Document], _: Any) -> str:
 
 
 def public_rows(document: Document) -> tuple[list[str], Lines]:
-    """A column per ratio: the set's own figure in percent with its 95 % interval (withheld where requests failed)."""
+    """A column per ratio: the set's own figure and its groups in percent with 95 % intervals (withheld where requests
+    failed), prompt tokens, and what became of the questions."""
     rows = document["rows"]
 
     def figure(found: dict[str, Any] | None) -> str:
         return "withheld" if found is None else "{accuracy:.1f} [{low:.1f}, {high:.1f}]".format(**found)
 
-    def tokens(mean: float | None) -> str:
-        return "-" if mean is None else f"{mean:,.0f}"
-
-    header = [document["title"], *[f"ratio {row['retention_ratio']}" for row in rows]]
-    return header, [
-        [document["headline"], *[figure(row["headline"]) for row in rows]],
-        ["tokens per request", *[tokens(row["prompt_tokens_mean"]) for row in rows]],
-        ["failed", *[str(row["failed"]) for row in rows]],
-    ]
+    groups = dict.fromkeys(group for row in rows for group in row["groups"])
+    means = [row["prompt_tokens_mean"] for row in rows]
+    lines = [[document["headline"], *[figure(row["headline"]) for row in rows]]]
+    lines += [[group, *[figure(row["groups"].get(group)) for row in rows]] for group in groups]
+    lines.append(["tokens per request", *["-" if mean is None else f"{mean:,.0f}" for mean in means]])
+    counts = {"scored": "scored", "unanswered (wrong)": "unanswered", "failed": "failed", "not asked": "not_asked"}
+    lines += [[label, *[str(row[key]) for row in rows]] for label, key in counts.items()]
+    return [document["title"], *[f"ratio {row['retention_ratio']}" for row in rows]], lines
 
 
 def public_caption(document: Document) -> str:
     """Model, prompt, and whether the whole set was asked."""
     count, size = document["asked"], document["published_size"]
     part_of = "" if count == size else f", {count} of {size} questions: not the published set's figure"
-    return f"{document['model']}, {document['prompt']} prompt{part_of}"
+    partial = "; OVER ANSWERED QUESTIONS ONLY: some requests failed" if document.get("over_answered_only") else ""
+    return f"{document['model']}, {document['prompt']} prompt{part_of}{partial}"
 
 
 BLOCKS = {

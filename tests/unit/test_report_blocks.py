@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.public.scoring import Accuracy
+from benchmarks.public.scoring import Accuracy, Score
 from benchmarks.report import load_blocks
 from benchmarks.report.__main__ import picture_source
 
@@ -113,20 +113,21 @@ def test_generation() -> None:
 
 def test_public_accuracy() -> None:
     """From what the public runner writes, withheld figures included."""
-    rows = [
-        {"retention_ratio": 1.0, "headline": Accuracy.of([True, True, False, True]).to_json(), "failed": 0},
-        {"retention_ratio": 0.1, "headline": None, "failed": 2},
-    ]
-    rows = [{**row, "prompt_tokens_mean": 1234.4} for row in rows]
+    found = Accuracy.of([True, True, False, True])
+    scored = Score(1.0, found, {"short": found}, 4, 1, {}, 0, 1234.4, ["score"])
+    withheld = Score(0.1, None, {}, 2, 0, {"7": "HTTP 500", "8": "HTTP 500"}, 0, None, ["score"])
     facts = {"title": "A set", "headline": "overall", "asked": 4, "published_size": 2700, "prompt": "official"}
-    text = BLOCKS["accuracy_public"].part({**MACHINE, **facts, "rows": rows}, "x.json")
-    figure, tokens, failed = cells(text)
-    assert figure[0] == "overall"
-    assert figure[1].startswith("75.0 [")
-    assert figure[2] == "withheld"
-    assert tokens == ["tokens per request", "1,234", "1,234"]
-    assert failed == ["failed", "0", "2"]
+    document = {**MACHINE, **facts, "rows": [scored.to_json(), withheld.to_json()]}
+    text = BLOCKS["accuracy_public"].part(document, "x.json")
+    lines = {line[0]: line[1:] for line in cells(text)}
+    assert lines["overall"][0].startswith("75.0 [")
+    assert lines["overall"][1] == lines["short"][1] == "withheld"
+    assert lines["tokens per request"] == ["1,234", "-"]
+    assert lines["unanswered (wrong)"] == ["1", "0"]
+    assert lines["failed"] == ["0", "2"]
     assert "4 of 2700 questions: not the published set's figure" in text
+    assert "OVER ANSWERED" not in text
+    assert "OVER ANSWERED" in BLOCKS["accuracy_public"].part({**document, "over_answered_only": True}, "x.json")
 
 
 @pytest.mark.parametrize(
