@@ -6,14 +6,16 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from score_vllm.train.config import TrainSettings, load_settings
+from score_vllm.train.config import OWN_FILES, TrainSettings, load_settings
 from score_vllm.train.curriculum import open_sources
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource
 from score_vllm.train.data.sources import mixed
 from score_vllm.train.data.targets import Targets, look_at, require_descriptions
 from score_vllm.train.frozen.model import FrozenVLM
+from score_vllm.train.own_clips import find_clips, prepare, report
 from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
@@ -72,6 +74,18 @@ def run(options: argparse.Namespace) -> int:
     stages = (settings.named(options.stage),) if options.stage else settings.stages
     check_tracker(settings.tracking)
     config = FrozenVLM.config_of(model_path(settings))
+    accelerator = engine = None
+    held_out: list[Path] = []
+    if settings.clips and options.check:
+        print(f"clips    {len(find_clips(settings.clips))} videos in {settings.clips}")
+        if not all((settings.described / name).is_file() for name in OWN_FILES.values()):
+            print("         the model describes them when training starts; the sources are empty until then")
+            return 0
+    elif settings.clips:
+        find_clips(settings.clips)
+        accelerator = make_accelerator(settings)
+        engine = make_engine(settings, accelerator)
+        held_out = prepare(settings, engine, accelerator)
     opened = {stage.name: open_sources(stage, temporal_merge(config)) for stage in stages}
     targets = look_at_targets(settings, opened)
     if options.check:
@@ -81,13 +95,16 @@ def run(options: argparse.Namespace) -> int:
         require_descriptions(stage.name, targets[stage.name], weights, stage.allow_short_targets)
     if options.check:
         return 0
-    accelerator = make_accelerator(settings)
-    engine = make_engine(settings, accelerator)
+    accelerator = accelerator or make_accelerator(settings)
+    engine = engine or make_engine(settings, accelerator)
     sources = {
         stage.name: mixed(opened[stage.name], [spec.weight for spec in stage.sources], settings.seed)
         for stage in stages
     }
-    return Trainer(settings, engine, accelerator, sources).run(only=options.stage, resume=options.resume)
+    code = Trainer(settings, engine, accelerator, sources).run(only=options.stage, resume=options.resume)
+    if settings.clips and code == 0 and accelerator.is_main_process:
+        report(settings, engine, held_out)
+    return code
 
 
 def temporal_merge(config: Any) -> int:

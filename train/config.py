@@ -15,6 +15,9 @@ from score_vllm.near_miss import near_miss
 from score_vllm.train.data.config import SourceConfig
 from score_vllm.train.schema import ConfigurationError, Settings, assign, build, parse_override, read_toml
 
+# Written for a run on own clips, and read by its sources of these kinds.
+OWN_FILES = {"jsonl": "clips.jsonl", "stills": "stills.jsonl"}
+
 
 class ModelSettings(Settings):
     """The frozen model.
@@ -141,6 +144,22 @@ class TrackingSettings(Settings):
     progress: bool = True
 
 
+class CaptionSettings(Settings):
+    """How the frozen model describes the videos of ``clips``.
+
+    Attributes:
+        prompt: asked about each clip, in captioning and in training.
+        still_prompt: asked about single frames, whose descriptions are the warm-up's targets.
+        max_tokens: longest description.
+        stills: frames of each clip that are described for the warm-up.
+    """
+
+    prompt: str = Field(default="Describe this video in detail.", min_length=1)
+    still_prompt: str = Field(default="Describe this picture in detail.", min_length=1)
+    max_tokens: int = Field(default=192, ge=8, le=4096)
+    stills: int = Field(default=3, ge=1, le=64)
+
+
 class StageSettings(Settings):
     """One stage of the curriculum (paper section 4.4).
 
@@ -173,6 +192,7 @@ class TrainSettings(Settings):
 
     Attributes:
         output: folder of ``checkpoints/``, ``policy/`` and ``log.jsonl``.
+        clips: folder of videos to train on, described by the frozen model itself; empty: sources bring their texts.
         seed: of weights, data order and rollouts.
         collapse_patience: steps in a row that look collapsed before the run stops, see
             :class:`~score_vllm.train.stopping.CollapseWatch`; 0 never stops.
@@ -180,6 +200,7 @@ class TrainSettings(Settings):
     """
 
     output: str
+    clips: str = ""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     collapse_patience: int = Field(default=20, ge=0)
     model: ModelSettings = ModelSettings()
@@ -189,6 +210,7 @@ class TrainSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     cache: CacheSettings = CacheSettings()
     tracking: TrackingSettings = TrackingSettings()
+    captions: CaptionSettings = CaptionSettings()
     stage: dict[str, StageSettings]
 
     @model_validator(mode="after")
@@ -197,7 +219,14 @@ class TrainSettings(Settings):
             raise ValueError("output must name the folder of this run, got an empty string")
         if not self.stage:
             raise ValueError("stage must hold at least one stage: a table [stage.NAME]")
+        if self.clips and self.model.shard != "none":
+            raise ValueError(f"clips can only be described by a whole model: model.shard = {self.model.shard!r}")
         return self
+
+    @property
+    def described(self) -> Path:
+        """Folder of the descriptions of ``clips``."""
+        return Path(self.output) / "captions"
 
     @property
     def stages(self) -> tuple[StageSettings, ...]:
@@ -285,9 +314,15 @@ def settings_from(raw: dict[str, Any], overrides: Sequence[str] = ()) -> TrainSe
                 assign(stages[name], steps[1:], copy.deepcopy(value))
         else:
             assign(table, steps, value)
+    if table.get("clips") == "":
+        raise ConfigurationError("clips must name the folder of your videos, got '': --set clips=FOLDER")
     for name, stage in stages.items():
         if "name" in stage:
             raise ConfigurationError(f"unknown key 'stage.{name}.name': the table's own name is the stage's")
         stage["name"] = name
+        for source in stage.get("sources", []) if table.get("clips") else []:
+            # Sources of a run on own clips read what that run itself wrote.
+            if isinstance(source, dict) and (file := OWN_FILES.get(source.get("kind", ""))):
+                source.setdefault("path", str(Path(table.get("output", "")) / "captions" / file))
     settings: TrainSettings = build(TrainSettings, table)
     return settings

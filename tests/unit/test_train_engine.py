@@ -92,7 +92,7 @@ def test_text_is_rendered_as_the_server_does(engine: FrozenVLM, encoded: Encoded
     before, after = engine.render("What moves?")
     assert before.endswith("<|im_start|>user\n<|vision_start|>")
     assert after == "<|vision_end|>What moves?<|im_end|>\n<|im_start|>assistant\n"
-    decode = engine._tokenizer.decode
+    decode = engine.tokenizer.decode
     assert decode(encoded.prefix) == before
     assert decode(encoded.suffix) == after
     assert decode(encoded.target) == "A red square.<|im_end|>"

@@ -95,6 +95,12 @@ class OneVisionConfig(FileConfig):
     subsets: tuple[str, ...] = Field(default=CAPTION_SUBSETS, strict=False, min_length=1)
 
 
+class StillsConfig(FileConfig):
+    """Pseudo-videos of captioned pictures: JSON lines ``{"image": path, "caption": text}``."""
+
+    kind: Literal["stills"]
+
+
 class LlavaVideoConfig(VideoConfig):
     """LLaVA-Video-178K and ShareGPT-style files.
 
@@ -142,7 +148,8 @@ class JsonlConfig(VideoConfig):
 
 
 SourceConfig = Annotated[
-    WorldConfig | OneVisionConfig | LlavaVideoConfig | KoalaConfig | JsonlConfig, Field(discriminator="kind")
+    WorldConfig | OneVisionConfig | StillsConfig | LlavaVideoConfig | KoalaConfig | JsonlConfig,
+    Field(discriminator="kind"),
 ]
 _CLASSES = typing.get_args(typing.get_args(SourceConfig)[0])
 KINDS = {kind: cls for cls in _CLASSES for kind in typing.get_args(cls.model_fields["kind"].annotation)}

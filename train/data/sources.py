@@ -14,11 +14,13 @@ from score_vllm.train.data.config import (
     LlavaVideoConfig,
     OneVisionConfig,
     SourceConfig,
+    StillsConfig,
     WorldConfig,
     source_config,
 )
 from score_vllm.train.data.pseudo import MERGE
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
+from score_vllm.train.data.stills import StillsSource
 from score_vllm.train.schema import ConfigurationError, MissingError
 
 __all__ = ["MixedSource", "mixed", "open_source", "source_config"]
@@ -54,6 +56,8 @@ def open_source(spec: SourceConfig, merge: int = MERGE) -> SampleSource:
         from score_vllm.train.data.koala import KoalaSource
 
         return KoalaSource(spec)
+    if isinstance(spec, StillsConfig):
+        return StillsSource(spec, merge)
     from score_vllm.train.data.records import JsonlSource, LlavaVideoSource
 
     return LlavaVideoSource(spec) if isinstance(spec, LlavaVideoConfig) else JsonlSource(spec)

@@ -88,6 +88,7 @@ class FrozenVLM:
         hidden_size: D.
         identity: what visual tokens depend on besides the sample: the checkpoint and the dtype.
         model: the transformers model.
+        tokenizer: its tokenizer.
 
     Raises:
         ValueError: not a Qwen2.5-VL, its attention is not plainly causal, or ``max_rollout_tokens`` < 1.
@@ -115,8 +116,8 @@ class FrozenVLM:
         self._lockstep = Lockstep(self.device, self._empty_pass) if sharded else None
         self.identity = f"{path}:{self.dtype}:{_stamp(Path(path))}"
         processor: Any = AutoProcessor.from_pretrained(path)
-        self._tokenizer = processor.tokenizer
-        self._template = processor.chat_template or self._tokenizer.chat_template
+        self.tokenizer = processor.tokenizer
+        self._template = processor.chat_template or self.tokenizer.chat_template
         vision = model.config.vision_config
         self._temporal_patch = int(vision.temporal_patch_size)
         self._tokens_per_second = float(vision.tokens_per_second)
@@ -189,7 +190,7 @@ class FrozenVLM:
             ValueError: the prompt itself holds a video placeholder, or the template writes none.
         """
         content = [{"type": "video"}, {"type": "text", "text": prompt}]
-        text = self._tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self._template,
             tokenize=False,
@@ -214,7 +215,7 @@ class FrozenVLM:
         except ValueError as error:
             raise BrokenSampleError(f"{sample.key}: {error}") from error
         target = self._ids(sample.target.strip())
-        if bool(torch.isin(target, torch.tensor(self._tokenizer.all_special_ids)).any()):
+        if bool(torch.isin(target, torch.tensor(self.tokenizer.all_special_ids)).any()):
             raise BrokenSampleError(f"{sample.key}: the target holds a special token of the model")
         x, grid = self._tower.encode(sample.frames)
         return EncodedSample(
@@ -228,7 +229,7 @@ class FrozenVLM:
         )
 
     def _ids(self, text: str) -> torch.Tensor:
-        return torch.tensor(self._tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
 
     def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy of the target when only some visual tokens are read, at their original positions.
@@ -263,7 +264,7 @@ class FrozenVLM:
 
     def _cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         first, last = encoded.prefix.shape[0], encoded.prefix.shape[0] + encoded.num_tokens
-        rows, positions = self._table(encoded)
+        rows, positions = self.table(encoded)
         sequences = [
             torch.cat([torch.arange(first), k.cpu() + first, torch.arange(last, rows.shape[0] - 1)]) for k in kept
         ]
@@ -283,7 +284,7 @@ class FrozenVLM:
             ce[torch.tensor(batch, device=self.device)] = self._target_ce(hidden, target)
         return ce
 
-    def _table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor]:
+    def table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and positions of the whole sequence and of one row of padding: every rollout is a gather of these.
 
         Returns:
