@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU tests, the kernel and prefill benchmarks in one call; leaves JSON and JUnit files in $OUT (default: benchmarks/results).
 # Needs torch with CUDA, triton, pytest, hypothesis, numpy, safetensors and tqdm; not an installed package. The prefill
-# benchmark also needs transformers, and for its vLLM rows vllm and this package installed (vLLM finds the plug-in by its
+# benchmark also needs transformers and pydantic, and for its vLLM rows vllm and this package installed (vLLM finds the plug-in by its
 # entry point); what is missing is said and left out.
 #
 #     benchmarks/gpu_suite.sh [seconds] [prefill]   # limit for the whole, default 470; prefill: those benchmarks alone
@@ -28,8 +28,8 @@ step() {
 }
 
 prefill() {
-  if ! "$python" -c "import transformers" 2>/dev/null; then
-    echo "== prefill: NOT RUN, transformers is not installed"
+  if ! "$python" -c "import transformers, pydantic" 2>/dev/null; then
+    echo "== prefill: NOT RUN, transformers or pydantic is not installed"
     return
   fi
   # Each checks its answers itself and writes its file as rows are done: a time limit costs only what is left.
