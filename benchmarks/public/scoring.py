@@ -68,7 +68,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Score:
-    """What one ratio came to.
+    """The figures of one ratio.
 
     Attributes:
         headline: the official figure; None where it is withheld because requests failed.

@@ -14,7 +14,7 @@ STAGES = ("download", "decode", "preprocess", "hand-over", "ViT", "compress", "L
 
 @dataclass(frozen=True)
 class Span:
-    """A stop-watch's one run, in seconds of the machine's monotonic clock."""
+    """A stopwatch's one run, in seconds of the machine's monotonic clock."""
 
     name: str
     start: float
@@ -30,7 +30,7 @@ class SpanReader:
     """Reads what a server's processes wrote since the last look.
 
     Args:
-        folder: the one that the server's stop-watches write into, a file per process.
+        folder: the one that the server's stopwatches write into, a file per process.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -45,7 +45,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A row of the table before it is run: a registered method, or one trained policy of a family."""
 
     name: str
@@ -82,14 +82,14 @@ def held_out_clips(model: Path, split: str, count: int, per_clip: int) -> list[H
 
 @torch.inference_mode()
 def answer(
-    model: Any, words: Words, clips: Sequence[HeldOut], contender: Contender | None, ratio: float, batch: int = 8
+    model: Any, words: Words, clips: Sequence[HeldOut], candidate: Candidate | None, ratio: float, batch: int = 8
 ) -> tuple[list[list[bool]], list[float], float]:
     """Ask every question of every clip.
 
     Args:
         model, words: the language model's.
         clips: held-out.
-        contender: None keeps all tokens without selecting.
+        candidate: None keeps all tokens without selecting.
         ratio: in (0, 1].
         batch: clips in one forward.
 
@@ -105,11 +105,11 @@ def answer(
         rows, indices = [], []
         for clip in group:
             flat = clip.x.flatten(0, 1)
-            if contender is None:
+            if candidate is None:
                 rows.append(flat)
                 indices.append(torch.arange(len(flat)))
             else:
-                made = select_tokens(clip.x, ratio, contender.method, contender.policy, clip.saliency)
+                made = select_tokens(clip.x, ratio, candidate.method, candidate.policy, clip.saliency)
                 rows.append(made.embeddings)
                 indices.append(made.indices)
             kept += len(rows[-1])
@@ -128,25 +128,25 @@ def answer(
     return right, losses, kept / total
 
 
-def contenders(methods: Sequence[str], policies: Path | None) -> list[Contender]:
+def candidates(methods: Sequence[str], policies: Path | None) -> list[Candidate]:
     """Registered methods, then every trained policy found.
 
     Raises:
         FileNotFoundError: the folder holds no policy.
     """
-    found = [Contender(name, name) for name in methods]
+    found = [Candidate(name, name) for name in methods]
     if policies is not None:
         trained = sorted(policies.glob("*-[0-9]*/policy"))
         if not trained:
             raise FileNotFoundError(f"--policies {policies}: no folder NAME-SEED/policy in it")
         for path in trained:
             name, seed = path.parent.name.rsplit("-", 1)
-            found.append(Contender(name, "score", RetentionPolicy.from_pretrained(path), int(seed)))
+            found.append(Candidate(name, "score", RetentionPolicy.from_pretrained(path), int(seed)))
     return found
 
 
 def summarise(name: str, ratio: float, runs: Sequence[dict[str, Any]], vanilla: float) -> dict[str, Any]:
-    """One row from the runs of a contender's seeds; the spread is the sample standard deviation over seeds."""
+    """One row from the runs of a candidate's seeds; the spread is the sample standard deviation over seeds."""
     values = [run["accuracy"] for run in runs]
     kinds = sorted({kind for run in runs for kind in run["kinds"]})
     return {
@@ -194,20 +194,20 @@ def main(args: argparse.Namespace) -> None:
 
     right, losses, _ = answer(model, words, clips, None, 1.0)
     vanilla = measure(clips, right, losses)
-    chosen = contenders([name for name in args.methods.split(",") if name], args.policies)
-    for contender in chosen[:1] + [c for c in chosen if c.policy is not None][:1]:
-        again, _, _ = answer(model, words, clips[:16], contender, 1.0)
+    chosen = candidates([name for name in args.methods.split(",") if name], args.policies)
+    for candidate in chosen[:1] + [c for c in chosen if c.policy is not None][:1]:
+        again, _, _ = answer(model, words, clips[:16], candidate, 1.0)
         if again != right[:16]:
-            raise SystemExit(f"{contender.name} at ratio 1 does not answer as the uncompressed model does")
+            raise SystemExit(f"{candidate.name} at ratio 1 does not answer as the uncompressed model does")
     rows = [summarise("vanilla", 1.0, [{**vanilla, "achieved": 1.0, "seed": None}], vanilla["accuracy"])]
     bar = tqdm(total=len(chosen) * len(args.ratios), desc="methods", unit="run")
-    names = list(dict.fromkeys(contender.name for contender in chosen))
+    names = list(dict.fromkeys(candidate.name for candidate in chosen))
     for ratio in args.ratios:
         for name in names:
             runs = []
-            for contender in (c for c in chosen if c.name == name):
-                right, losses, achieved = answer(model, words, clips, contender, ratio)
-                runs.append({**measure(clips, right, losses), "achieved": achieved, "seed": contender.seed})
+            for candidate in (c for c in chosen if c.name == name):
+                right, losses, achieved = answer(model, words, clips, candidate, ratio)
+                runs.append({**measure(clips, right, losses), "achieved": achieved, "seed": candidate.seed})
                 bar.update()
             rows.append(summarise(name, ratio, runs, vanilla["accuracy"]))
     bar.close()

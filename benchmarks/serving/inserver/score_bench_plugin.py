@@ -2,7 +2,7 @@
 
 It does two things. It registers score-vllm's video loaders, so that a vanilla server (vLLM's own model class and
 processor) reads the same frames as a compressed one. And where ``SCORE_BENCH_SPANS`` names a folder, it puts
-stop-watches between the stages of a request and appends each span to a file of its process. Spans are
+stopwatches between the stages of a request and appends each span to a file of its process. Spans are
 on ``time.monotonic``, which all processes of one machine share (CLOCK_MONOTONIC). On a GPU each span begins and ends
 with a synchronisation, so this is for one request at a time.
 """
