@@ -57,22 +57,26 @@ CPU_DTYPES = {
 RETENTION = 0.1
 
 
-def naive(x: torch.Tensor, weights: ops.PolicyWeights, k: int, channels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The compressor as one would write it in torch, in the dtype of x."""
-    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-    hidden = F.gelu(F.linear(torch.cat([x, x - previous], -1), weights.w_in, weights.b_in.to(x.dtype)))
-    scores = (hidden @ weights.w_out.to(x.dtype) + weights.b_out.to(x.dtype)).float().flatten()
+Parameters = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def naive(x: torch.Tensor, plain: Parameters, k: int, channels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The compressor as one would write it in torch, tokens and parameters in the same dtype."""
+    w_in, b_in, w_out, b_out = plain
+    hidden = F.gelu(F.linear(torch.cat([x, x - reference.previous(x)], -1), w_in, b_in))
+    scores = (hidden @ w_out + b_out).float().flatten()
     indices = torch.sort(scores, descending=True, stable=True).indices[:k].sort().values
     return torch.cat([x.flatten(0, 1)[indices], channels[indices]], -1), indices, scores
 
 
-def exact_scores(x: torch.Tensor, weights: ops.PolicyWeights) -> torch.Tensor:
-    """[T * N] float64 by the specification, a frame at a time."""
-    w_in, out = weights.w_in.double(), []
+def exact_scores(x: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+    """[T * N] float64 by the paper's equations, a frame at a time."""
+    w_in, b_in, w_out, b_out = (p.double() for p in parameters)
+    out = []
     for t in range(x.shape[0]):
-        state = torch.cat([x[t], x[t] - x[t - 1] if t else x[t]], -1).double()
-        hidden = F.gelu(F.linear(state, w_in, weights.b_in.double()))
-        out.append(hidden @ weights.w_out.double() + weights.b_out.double())
+        frame = x[t].double()
+        state = torch.cat([frame, frame - x[t - 1].double() if t else frame], -1)
+        out.append(F.gelu(F.linear(state, w_in, b_in)) @ w_out + b_out)
     return torch.cat(out)
 
 
@@ -86,7 +90,8 @@ class Case:
         self.turn = 0
         w_in = torch.randn(h, 2 * d, device=device) / (2 * d) ** 0.5
         vectors = torch.randn(h, device=device) / 4, torch.randn(h, device=device) / h**0.5
-        self.raw = (w_in, *vectors, torch.zeros(1, device=device))
+        self.raw: Parameters = (w_in, *vectors, torch.zeros(1, device=device))
+        self.plain: Parameters = tuple(p.to(dtype) for p in self.raw)  # type: ignore[assignment]
         self.weights = ops.pack_weights(*self.raw, dtype)
         layout = grid_layout(VideoGrid(t, rows, columns), 2.0)
         self.positions = ops.PositionTable.from_layout(layout).on(torch.device(device))
@@ -108,9 +113,9 @@ class Case:
         """
         x = self.tokens[0]
         out = ops.select_rows(x, self.weights, self.k, self.positions)
-        want = exact_scores(x, self.weights)
+        want = exact_scores(x, self.raw)
         ours = float((out.scores.double() - want).abs().max())
-        plain = float((naive(x, self.weights, self.k, self.channels)[2].double() - want).abs().max())
+        plain = float((naive(x, self.plain, self.k, self.channels)[2].double() - want).abs().max())
         if ops.last_backend("select_rows") != backend:
             raise SystemExit(f"{ops.last_backend('compress')} ran where {backend} should have")
         if not ours <= 2 * plain or bool(out.has_nan):
@@ -197,8 +202,8 @@ def gpu_size(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         "top-k alone": lambda: ops.topk(scores, case.k),
         "gather alone": lambda: ops.gather(case.x(), some, case.positions),
         "GEMM (cuBLAS)": lambda: concatenated @ case.weights.w_in.T,
-        "torch": lambda: naive(case.x(), case.weights, case.k, case.channels),
-        "compiled torch": lambda: compiled(case.x(), case.weights, case.k, case.channels),
+        "torch": lambda: naive(case.x(), case.plain, case.k, case.channels),
+        "compiled torch": lambda: compiled(case.x(), case.plain, case.k, case.channels),
         "EVS selection": lambda: select_retained(case.x(), case.k, "evs"),
         "VidCom2 selection": lambda: select_retained(case.x(), case.k, "vidcom2"),
     }
@@ -213,12 +218,11 @@ def cpu_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             case = Case(CPU_GRIDS[size], args.hidden, args.width, dtype, device)
             facts = case.facts("torch")
             w = case.weights
-            parts = (w.w_in, w.b_in, w.w_out, w.b_out)
             calls: dict[str, Callable[[], object]] = {
                 "ours": functools.partial(ops.select_rows, case.tokens[0], w, case.k, case.positions),
-                "ours: score": functools.partial(ops.score, case.tokens[0], *parts),
-                "reference: score": functools.partial(reference.score, case.tokens[0], *parts),
-                "torch": functools.partial(naive, case.tokens[0], w, case.k, case.channels),
+                "ours: score": functools.partial(ops.score, case.tokens[0], *case.raw),
+                "reference: score": functools.partial(reference.score, case.tokens[0], *case.raw),
+                "torch": functools.partial(naive, case.tokens[0], case.plain, case.k, case.channels),
             }
             with torch.no_grad():
                 samples = measure(calls, args.repeats, time_cpu, f"{size} {facts['dtype']}")

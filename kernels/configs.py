@@ -6,7 +6,9 @@ the traffic count in ``score.py``; ``benchmarks/kernels.py --tune`` times the ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from score_vllm.kernels.inputs import SecondOperand
 
 # Hidden units that the epilogue sums together, whatever the tile; the widths that kernels take are its multiples.
 GROUP = 64
@@ -45,13 +47,13 @@ SCORE_CONFIGS: dict[tuple[str, int], tuple[ScoreConfig, ...]] = {
         ScoreConfig(128, 64, 32, 4, 4),
     ),
     ("sm_90", 2): (
-        ScoreConfig(128, 256, 32, 8, 4, tma=True),
-        ScoreConfig(128, 128, 64, 8, 3, tma=True),
+        ScoreConfig(128, 256, 64, 8, 4, tma=True),
+        ScoreConfig(128, 128, 64, 8, 4, tma=True),
         ScoreConfig(128, 64, 64, 4, 4, tma=True),
     ),
     # 256 wide needs two accumulators in tensor memory before Triton 3.9: 528 of 512 columns, compiled to a trap.
     ("sm_100", 2): (
-        ScoreConfig(128, 128, 64, 8, 3, tma=True),
+        ScoreConfig(128, 128, 64, 8, 4, tma=True),
         ScoreConfig(128, 64, 64, 4, 4, tma=True),
     ),
     ("other", 2): (
@@ -72,13 +74,15 @@ def architecture(capability: tuple[int, int]) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "other")
 
 
-def score_config(arch: str, itemsize: int, width: int) -> ScoreConfig:
+def score_config(arch: str, itemsize: int, width: int, second: SecondOperand = "previous") -> ScoreConfig:
     """Tile shape for one launch of the score kernel.
 
     Args:
         arch: from :func:`architecture`.
         itemsize: bytes per element of X: 2 or 4.
         width: H, a multiple of ``GROUP``.
+        second: of the weights. Subtracting first holds two tiles of tokens and two of weights a step, so it takes
+            steps of at most 32 columns.
 
     Returns:
         The table's widest configuration whose ``block_h`` divides H.
@@ -88,7 +92,8 @@ def score_config(arch: str, itemsize: int, width: int) -> ScoreConfig:
     """
     if width < 1 or width % GROUP:
         raise ValueError(f"width must be a positive multiple of {GROUP}, got {width}")
-    return next(config for config in SCORE_CONFIGS[arch, itemsize] if width % config.block_h == 0)
+    config = next(config for config in SCORE_CONFIGS[arch, itemsize] if width % config.block_h == 0)
+    return replace(config, block_k=min(config.block_k, 32)) if second == "residual" else config
 
 
 def main_tiles(num_rows: int, width: int, config: ScoreConfig, num_sms: int) -> int:

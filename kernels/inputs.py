@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,23 +16,71 @@ POSITION_CHANNELS = AXES * DIGITS
 TEXT_CHANNELS = DIGITS
 
 
+# What the second half of a packed ``w_in`` multiplies.
+SecondOperand = Literal["none", "previous", "residual"]
+
+# Largest |W2| / |W1| (Frobenius) at which the sum reads the previous frame instead of the residual. A token that does
+# not move is scored by A - B, which is W1 to within the rounding of B: 1.6 times subtraction's error here, and
+# growing with the ratio (docs/correctness.md).
+MAX_RESIDUAL_RATIO = 2.0
+
+
+def second_operand(w_in: torch.Tensor) -> SecondOperand:
+    """How the sum over ``[x ; residual]`` is computed for these weights; waits for the device of ``w_in``.
+
+    Returns:
+        ``"previous"``: ``x A - previous B``, one plain product; ``"residual"``: subtract first, where the residual's
+        weights outweigh the token's by more than ``MAX_RESIDUAL_RATIO``.
+    """
+    w_x, w_r = w_in.detach().float().chunk(2, dim=1)
+    return "previous" if bool(w_r.norm() <= MAX_RESIDUAL_RATIO * w_x.norm()) else "residual"
+
+
+def shift_matrices(w_in: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A`` and ``B`` of ``W1 x + W2 (x - previous) = A x - B previous``, rounded to the dtype of the tokens.
+
+    ``A = W1 + W2``; ``B = A - W1`` takes up the rounding of A, so that a token that does not move keeps W1. Gradients
+    pass through the rounding in full precision: that of W2 is a small difference of two large sums.
+
+    Args:
+        w_in: [H, 2D] ``[W1 ; W2]``.
+        dtype: bf16, fp16 or fp32.
+
+    Returns:
+        [H, D] and [H, D] float32 tensors whose values ``dtype`` holds exactly.
+    """
+    w_x, w_r = w_in.float().chunk(2, dim=1)
+    exact = w_x + w_r
+    with torch.no_grad():
+        a = exact.to(dtype).float()
+        b = (a - w_x).to(dtype).float()
+    return _with_gradient_of(exact, a), _with_gradient_of(w_r, b)
+
+
+def _with_gradient_of(source: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``value``, differentiated as if it were ``source``."""
+    return value + (source - source.detach()) if source.requires_grad else value
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyWeights:
     """A retention policy's weights, cast once to the dtype of the tokens that it will score.
 
     Attributes:
-        w_in: [H, 2D] over ``[x ; residual]``, or [H, D] without the residual; bf16, fp16 or fp32, contiguous.
+        w_in: [H, 2D] over ``[x ; second operand]``, or [H, D] without one; bf16, fp16 or fp32, contiguous.
         b_in: [H] float32.
         w_out: [H] float32.
         b_out: [1] float32.
-        use_residual: False drops the surprise half (the paper's table 5).
+        second: ``"previous"``: ``w_in`` is ``[A ; -B]`` and its second half multiplies the same patch one frame
+            earlier, zero before the first frame; ``"residual"``: ``w_in`` is ``[W1 ; W2]`` over the residual;
+            ``"none"``: the policy has no surprise half (the paper's table 5).
     """
 
     w_in: torch.Tensor
     b_in: torch.Tensor
     w_out: torch.Tensor
     b_out: torch.Tensor
-    use_residual: bool
+    second: SecondOperand
 
     @property
     def width(self) -> int:
@@ -41,7 +90,7 @@ class PolicyWeights:
     @property
     def hidden_size(self) -> int:
         """D."""
-        return int(self.w_in.shape[1]) // (2 if self.use_residual else 1)
+        return int(self.w_in.shape[1]) // (1 if self.second == "none" else 2)
 
     def padded(self, multiple: int) -> PolicyWeights:
         """The same policy with H rounded up to a multiple: the added units' output weights are zero.
@@ -69,7 +118,7 @@ def pack_weights(
     dtype: torch.dtype,
     use_residual: bool = True,
 ) -> PolicyWeights:
-    """Cast a policy's parameters once, for many calls. They are detached: kernels are for inference.
+    """Prepare a policy's parameters once, for many calls. They are detached: kernels are for inference.
 
     Args:
         w_in: [H, 2D] weight of the hidden layer over ``[x ; residual]`` ([H, D] without the residual).
@@ -96,12 +145,17 @@ def pack_weights(
     def cast(tensor: torch.Tensor, to: torch.dtype) -> torch.Tensor:
         return tensor.detach().to(to).contiguous()
 
+    w_in = w_in.detach()
+    second: SecondOperand = second_operand(w_in) if use_residual else "none"
+    if second == "previous":
+        a, b = shift_matrices(w_in, dtype)
+        w_in = torch.cat([a, -b], dim=1)
     return PolicyWeights(
         cast(w_in, dtype),
         cast(b_in, torch.float32),
         cast(w_out, torch.float32),
         cast(b_out, torch.float32),
-        use_residual,
+        second,
     )
 
 

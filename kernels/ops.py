@@ -1,7 +1,7 @@
 """The compressor's operations, with the backend chosen here. Callers import only this module.
 
 CUDA tensors run the Triton kernels, all others the blocked torch path. Which one ran is on record:
-:func:`last_backend`. Nothing here synchronises with the host.
+:func:`last_backend`. Nothing here synchronises with the host but :func:`pack_weights`, and :func:`score`, which packs.
 """
 
 from __future__ import annotations

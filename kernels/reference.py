@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from score_vllm.kernels.inputs import DIGITS, PositionTable
+from score_vllm.kernels.inputs import DIGITS, PositionTable, second_operand, shift_matrices
+
+
+def previous(x: torch.Tensor) -> torch.Tensor:
+    """The same patch one frame earlier, [T, N, D]; zero before the first frame."""
+    return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
 
 
 def residual(x: torch.Tensor) -> torch.Tensor:
@@ -21,8 +26,7 @@ def residual(x: torch.Tensor) -> torch.Tensor:
     Returns:
         [T, N, D] in the dtype of ``x``; the first frame's residual is the frame itself.
     """
-    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-    return (x.float() - previous.float()).to(x.dtype)
+    return (x.float() - previous(x).float()).to(x.dtype)
 
 
 def score(
@@ -35,6 +39,9 @@ def score(
 ) -> torch.Tensor:
     """Retention logits of every token, paper eq. 3-4 without the sigmoid (it does not change the order).
 
+    The hidden layer over ``[x ; residual]`` is ``x A - previous B``, with A = W1 + W2 and B = W2: the same sum, without
+    a residual. Where W2 outweighs W1 (:func:`second_operand`) the residual is subtracted first.
+
     Args:
         x: [T, N, D] float tokens.
         w_in: [H, 2D] weight of the hidden layer over ``[x ; residual]`` ([H, D] without the residual).
@@ -46,11 +53,15 @@ def score(
     Returns:
         [T * N] float32 logits.
     """
-    d = x.shape[-1]
-    w = w_in.to(x.dtype).float()
-    hidden = x.float() @ w[:, :d].T
-    if use_residual:
-        hidden = hidden + residual(x).float() @ w[:, d:].T
+    tokens = x.float()
+    if not use_residual:
+        hidden = tokens @ w_in.to(x.dtype).float().T
+    elif second_operand(w_in) == "residual":
+        w_x, w_r = w_in.to(x.dtype).float().chunk(2, dim=1)
+        hidden = tokens @ w_x.T + residual(x).float() @ w_r.T
+    else:
+        a, b = shift_matrices(w_in, x.dtype)
+        hidden = tokens @ a.T - previous(x).float() @ b.T
     hidden = F.gelu(hidden + b_in.float())
     # A matrix-vector product would round a row by its place, and equal tokens must tie.
     return ((hidden * w_out.float()).sum(dim=-1) + b_out.float()).reshape(-1)

@@ -1,18 +1,21 @@
-"""Retention logits in one Triton pass over the tokens: residual, hidden layer, GELU and output product.
+"""Retention logits in one Triton pass over the tokens: hidden layer, GELU and output product.
 
-One program owns BLOCK_M tokens and BLOCK_H hidden units. It walks D once; at each step the token tile ``x`` and
-the tile ``p`` of the same patches one frame earlier are on the chip together, so the residual is one subtraction
-in registers and neither it, nor ``[x ; residual]``, nor the hidden activation is ever written. What leaves is one
-float per token and group of GROUP hidden units, ``partials`` [H / GROUP, T * N]; :func:`combine_rows` adds them
-in a fixed order where the logits are first needed, which keeps them bit-reproducible without atomics.
+The hidden layer over ``[x ; residual]`` is the same sum as ``x A - previous B`` (``inputs.shift_matrices``): a plain
+GEMM over 2 * D columns whose second half reads the rows of one frame earlier. Both operands of every product come from
+shared memory, no residual is formed, and neither ``[x ; previous]`` nor the hidden activation is ever written. One
+program owns BLOCK_M tokens and BLOCK_H hidden units. What leaves is one float per token and group of GROUP hidden
+units, ``partials`` [H / GROUP, T * N]; :func:`combine_rows` adds them in a fixed order where the logits are first
+needed, which keeps them bit-reproducible without atomics.
+
+Policies whose norms ask for it (``inputs.second_operand``) subtract first instead, in registers.
 
 Cost, with M = T * N and S = H / BLOCK_H programs per token tile (paper's size: M = 42,566, D = 3584, H = 512):
 
 * 4 * M * D * H FLOP (0.31 TFLOP), all but the epilogue in matrix instructions;
-* device memory: X once (305 MB) and the weights once (7 MB): programs that share tokens run side by side, and
-  ``p`` is another program's ``x`` one frame earlier, so repeats come from L2 while a frame fits in it;
+* device memory: X once (305 MB) and the weights once (7 MB) where L2 holds a frame: programs that share tokens run
+  side by side, and ``previous`` is what other programs read as ``x`` one frame earlier;
 * L2 to the multiprocessors: 2 * (BLOCK_M + BLOCK_H) * D elements per program, 3.7 GB in 128 x 256 tiles: the
-  traffic of a plain GEMM over the concatenation in the same tiles;
+  traffic of a plain GEMM in the same tiles;
 * written: M * H / GROUP floats (1.4 MB).
 
 The last, partly filled wave of tiles is cut into pieces of BLOCK_M x GROUP (``main_tiles``), so that a few left-over
@@ -73,7 +76,7 @@ def _score_tile(
     stride_n,
     stride_d,
     D: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    SECOND: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -84,48 +87,48 @@ def _score_tile(
     """Partials of tokens [m0, m0 + BLOCK_M) and hidden units [h0, h0 + BLOCK_H)."""
     rows = m0 + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    # The residual form takes both halves of w in one step, the plain product one after the other.
+    HALF: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = 2 * HALF if SECOND == "previous" else HALF
     if TMA:
-        for k0 in range(0, D, BLOCK_K):
-            x_tile = x.load([m0, k0])  # [BLOCK_M, BLOCK_K]
-            if RESIDUAL:
-                # Rows before the video read as zero, so the first frame is its own residual.
+        for step in range(STEPS):
+            second = step // HALF
+            k0 = (step - second * HALF) * BLOCK_K
+            # Rows before the video read as zero: the first frame has no previous one, and is its own residual.
+            # So do columns of x past D, so what w holds there does not matter.
+            x_tile = x.load([m0 - second * per_frame, k0])  # [BLOCK_M, BLOCK_K]
+            acc = tl.dot(x_tile, w.load([h0, second * D + k0]).T, acc)
+            if SECOND == "residual":
                 p_tile = x.load([m0 - per_frame, k0])
-            # Columns past D read as zero from x, so what w holds there does not matter.
-            acc = tl.dot(x_tile, w.load([h0, k0]).T, acc)
-            if RESIDUAL:
-                # Second, and from registers: the product above has by then released x_tile's buffer.
                 r_tile = (x_tile.to(tl.float32) - p_tile.to(tl.float32)).to(x_tile.dtype)
                 acc = tl.dot(r_tile, w.load([h0, D + k0]).T, acc)
     else:
         row_ok = rows < num_rows
-        previous_ok = row_ok & (rows >= per_frame)
         row_offset = (rows // per_frame).to(tl.int64) * stride_t + (rows % per_frame).to(tl.int64) * stride_n
         columns = tl.arange(0, BLOCK_K)
         x_ptr = x + row_offset[:, None] + (columns * stride_d)[None, :]  # [BLOCK_M, BLOCK_K]
-        p_ptr = x_ptr - stride_t
-        w_row = (h0 + tl.arange(0, BLOCK_H)).to(tl.int64) * (2 * D if RESIDUAL else D)
+        w_row = (h0 + tl.arange(0, BLOCK_H)).to(tl.int64) * (D if SECOND == "none" else 2 * D)
         w_ptr = w + w_row[None, :] + columns[:, None]  # [BLOCK_K, BLOCK_H]
-        for k0 in range(0, D, BLOCK_K):
+        for step in range(STEPS):
+            second = step // HALF
+            k0 = (step - second * HALF) * BLOCK_K
+            x_from = x_ptr + (tl.cast(k0, tl.int64) * stride_d - second * stride_t)
+            w_from = w_ptr + (second * D + k0)
+            column_ok = columns < D - k0
+            x_ok = (row_ok & (rows >= second * per_frame))[:, None]
             if D % BLOCK_K == 0:
-                x_tile = tl.load(x_ptr, mask=row_ok[:, None], other=0.0)
-                w_x = tl.load(w_ptr)
-                if RESIDUAL:
-                    p_tile = tl.load(p_ptr, mask=previous_ok[:, None], other=0.0)
-                    w_r = tl.load(w_ptr + D)
+                x_tile = tl.load(x_from, mask=x_ok, other=0.0)
+                w_tile = tl.load(w_from)
             else:
-                column_ok = columns < D - k0
-                x_tile = tl.load(x_ptr, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-                w_x = tl.load(w_ptr, mask=column_ok[:, None], other=0.0)
-                if RESIDUAL:
-                    p_tile = tl.load(p_ptr, mask=previous_ok[:, None] & column_ok[None, :], other=0.0)
-                    w_r = tl.load(w_ptr + D, mask=column_ok[:, None], other=0.0)
-            acc = tl.dot(x_tile, w_x, acc, input_precision=PRECISION)
-            if RESIDUAL:
+                x_tile = tl.load(x_from, mask=x_ok & column_ok[None, :], other=0.0)
+                w_tile = tl.load(w_from, mask=column_ok[:, None], other=0.0)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            if SECOND == "residual":
+                p_mask = (row_ok & (rows >= per_frame))[:, None] & column_ok[None, :]
+                p_tile = tl.load(x_from - stride_t, mask=p_mask, other=0.0)
+                w_r = tl.load(w_from + D, mask=column_ok[:, None], other=0.0)
                 r_tile = (x_tile.to(tl.float32) - p_tile.to(tl.float32)).to(x_tile.dtype)
                 acc = tl.dot(r_tile, w_r, acc, input_precision=PRECISION)
-            x_ptr += BLOCK_K * stride_d
-            p_ptr += BLOCK_K * stride_d
-            w_ptr += BLOCK_K
     _store_partials(acc, b_in, w_out, b_out, partials, rows, num_rows, h0, BLOCK_H, GROUP)
 
 
@@ -146,7 +149,7 @@ def score_kernel(
     stride_d,
     D: tl.constexpr,
     H: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    SECOND: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -163,7 +166,7 @@ def score_kernel(
         h0 = (pid % (H // BLOCK_H)) * BLOCK_H
         _score_tile(
             x, w_main, b_in, w_out, b_out, partials, m0, h0, num_rows, per_frame, stride_t, stride_n, stride_d,
-            D, RESIDUAL, TMA, PRECISION, GROUP, BLOCK_M, BLOCK_H, BLOCK_K,
+            D, SECOND, TMA, PRECISION, GROUP, BLOCK_M, BLOCK_H, BLOCK_K,
         )  # fmt: skip
     elif BLOCK_H > GROUP:
         piece = pid - main_programs
@@ -171,7 +174,7 @@ def score_kernel(
         h0 = (piece % (H // GROUP)) * GROUP
         _score_tile(
             x, w_tail, b_in, w_out, b_out, partials, m0, h0, num_rows, per_frame, stride_t, stride_n, stride_d,
-            D, RESIDUAL, TMA, PRECISION, GROUP, BLOCK_M, GROUP, BLOCK_K,
+            D, SECOND, TMA, PRECISION, GROUP, BLOCK_M, GROUP, BLOCK_K,
         )  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def launch_arguments(weights: PolicyWeights, config: ScoreConfig, tma: bool) -> 
     return {
         "D": weights.hidden_size,
         "H": weights.width,
-        "RESIDUAL": weights.use_residual,
+        "SECOND": weights.second,
         "TMA": tma,
         "PRECISION": "ieee",
         "GROUP": GROUP,
@@ -251,7 +254,7 @@ def score_partials(
         arch, device_sms = architecture((device.major, device.minor)), device.multi_processor_count
     else:
         arch, device_sms = "sm_90", _INTERPRETER_SMS
-    config = config or score_config(arch, x.itemsize, weights.width)
+    config = config or score_config(arch, x.itemsize, weights.width, weights.second)
     tma = config.tma and _fits_tma(x, weights)
     tiles = triton.cdiv(num_rows, config.block_m)
     whole = main_tiles(num_rows, weights.width, config, num_sms or device_sms)

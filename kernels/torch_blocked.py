@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from score_vllm.kernels import reference
-from score_vllm.kernels.inputs import PolicyWeights, PositionTable
+from score_vllm.kernels.inputs import PolicyWeights, PositionTable, SecondOperand
 
-# A block's [x ; residual] and hidden activation take about 2.7 of its rows of X (D = 3584, H = 512): a 64th of X keeps
-# them near 4 %, beside what the GEMM library needs to pack the weights. Below 128 rows that packing costs too much
-# time: videos of fewer than about 3,500 tokens need more than a tenth of X, but only a few megabytes. A CPU that cannot
+# A block's [x ; second operand] and hidden activation take about 2.7 of its rows of X (D = 3584, H = 512): a 64th of X
+# keeps them near 4 %, beside what the GEMM library needs to pack the weights. Below 128 rows that packing takes too
+# long: videos of fewer than about 3,500 tokens need more than a tenth of X, but only a few megabytes. A CPU that cannot
 # multiply the dtype of X casts weights and blocks to fp32: there the tenth holds from about 26,000 tokens on (D = 3584,
 # H = 512; 19 MB, of which the weights are 15).
 _BLOCKS = 64
@@ -57,25 +57,38 @@ def score(x: torch.Tensor, weights: PolicyWeights) -> torch.Tensor:
             rows = (t1 - t0) * (n1 - n0)
             inputs = block[: rows * w_in.shape[1]].view(t1 - t0, n1 - n0, w_in.shape[1])
             inputs[..., :d].copy_(x[t0:t1, n0:n1])
-            if weights.use_residual:
-                _residual_into(inputs[..., d:], x[:, n0:n1], t0, t1)
-            hidden = F.linear(inputs.view(rows, -1), w_in).float()  # [rows, H]
-            hidden = F.gelu(hidden.add_(weights.b_in))
+            if weights.second != "none":
+                _second_into(inputs[..., d:], x[:, n0:n1], t0, t1, weights.second)
+            active = _active(inputs.view(rows, -1), w_in, weights.b_in)  # [rows, H]
             # Not a matrix-vector product: that rounds a row by its place in the block, and equal tokens must tie.
-            logits = hidden.mul_(weights.w_out).sum(dim=1)
+            logits = active.mul_(weights.w_out).sum(dim=1)
             out[t0:t1, n0:n1] = logits.add_(weights.b_out).view(t1 - t0, n1 - n0)
     return out.view(-1)
 
 
-def _residual_into(out: torch.Tensor, x: torch.Tensor, t0: int, t1: int) -> None:
-    """Write the residual of frames [t0, t1) into ``out`` [t1 - t0, n, D], rounded once to the dtype of ``x``."""
+def _active(inputs: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor) -> torch.Tensor:
+    """GELU of the hidden layer, [rows, H] float32."""
+    if inputs.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # oneDNN adds the bias and applies GELU to the product in fp32; its fp32 product is faster than MKL's on AMD.
+        return torch.ops.mkldnn._linear_pointwise(inputs, w_in, b_in, "gelu", [], "none").float()
+    return F.gelu(F.linear(inputs, w_in).float().add_(b_in))
+
+
+def _second_into(out: torch.Tensor, x: torch.Tensor, t0: int, t1: int, second: SecondOperand) -> None:
+    """Write what the second half of the weights multiplies into ``out`` [t1 - t0, n, D], for frames [t0, t1)."""
     if t0 == 0:
-        out[0].copy_(x[0])
+        if second == "previous":
+            out[0].zero_()
+        else:
+            out[0].copy_(x[0])
         out, t0 = out[1:], 1
     current, previous = x[t0:t1], x[t0 - 1 : t1 - 1]
-    if out.dtype == x.dtype:
+    if second == "previous":
+        out.copy_(previous)
+    elif out.dtype == x.dtype:
         torch.sub(current, previous, out=out)
     else:
+        # Rounded once, to the dtype of x, as everywhere.
         out.copy_(current - previous)
 
 

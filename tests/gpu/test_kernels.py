@@ -36,9 +36,10 @@ def policy_weights(device: torch.device, d: int = D, h: int = H, dtype: torch.dt
 
 
 def exact(x: torch.Tensor, weights: ops.PolicyWeights) -> torch.Tensor:
+    assert weights.second == "previous"
     out = []
     for t in range(x.shape[0]):
-        state = torch.cat([x[t], x[t] - x[t - 1] if t else x[t]], -1).double()
+        state = torch.cat([x[t], x[t - 1] if t else torch.zeros_like(x[t])], -1).double()
         hidden = torch.nn.functional.gelu(state @ weights.w_in.double().T + weights.b_in.double())
         out.append(hidden @ weights.w_out.double() + weights.b_out.double())
     return torch.cat(out)

@@ -39,9 +39,12 @@ def case(t: int, n: int, d: int, h: int, dtype: torch.dtype, use_residual: bool 
 
 
 def exact(x: torch.Tensor, params: Any, use_residual: bool = True) -> torch.Tensor:
-    w_in, b_in, w_out, b_out = (p.double() for p in params)
-    inputs = torch.cat([x, reference.residual(x)], -1) if use_residual else x
-    return (F.gelu(inputs.double() @ w_in.to(x.dtype).double().T + b_in) @ w_out + b_out).flatten()
+    """The specification in fp64: the operands rounded to the dtype of x, nothing else."""
+    weights = ops.pack_weights(*params, x.dtype, use_residual)
+    operands = {"none": lambda x: x[..., :0], "previous": reference.previous, "residual": reference.residual}
+    inputs = torch.cat([x, operands[weights.second](x)], -1).double()
+    hidden = F.gelu(inputs @ weights.w_in.double().T + weights.b_in.double())
+    return (hidden @ weights.w_out.double() + weights.b_out.double()).flatten()
 
 
 def plain(x: torch.Tensor, params: Any, use_residual: bool = True) -> torch.Tensor:

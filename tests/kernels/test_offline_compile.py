@@ -132,10 +132,56 @@ def assert_clean(built: Built, arch: int) -> None:
     assert built.tensor_memory <= TENSOR_MEMORY_COLUMNS
 
 
-def tokens_and_weights(dtype: torch.dtype, width: int, d: int = 3584) -> tuple[torch.Tensor, ops.PolicyWeights]:
+class Loop(NamedTuple):
+    """What one loop around matrix instructions is made of, in machine code."""
+
+    products: int
+    from_registers: int
+    # Of ``wgmma.wait_group``: how many products may still be running.
+    waits: list[int]
+    loads: int
+    float_arithmetic: int
+
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)\s*([^;]*);", re.M)
+
+
+def loops(built: Built, arch: int) -> list[Loop]:
+    """The loops of a kernel that multiply: code between a conditional backward branch and its target."""
+    product = MATRIX_INSTRUCTION[arch][1]
+    code = [(int(at, 16), predicate, name, rest) for at, predicate, name, rest in INSTRUCTION.findall(built.sass)]
+    found = []
+    for end, predicate, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if not predicate or not name.startswith("BRA") or target is None or int(target[1], 16) >= end:
+            continue
+        body = [(name, rest) for at, _, name, rest in code if int(target[1], 16) <= at < end]
+        products = [rest for name, rest in body if name.startswith(product)]
+        if not products:
+            continue
+        found.append(
+            Loop(
+                len(products),
+                # A from shared memory: ``HGMMA R24, gdesc[UR16], R24``; from registers: ``HGMMA R24, R4, gdesc[UR16]``.
+                sum(re.match(r"\w+, R\d", rest) is not None for rest in products),
+                [int(rest.split("0x")[1], 16) for name, rest in body if "DEPBAR" in name and "gsb" in rest],
+                sum(name.startswith(("UTMALDG", "LDGSTS")) for name, _ in body),
+                sum(name.startswith(("FADD", "HADD", "F2F", "FFMA", "HFMA")) for name, _ in body),
+            )
+        )
+    return found
+
+
+def tokens_and_weights(
+    dtype: torch.dtype, width: int, d: int = 3584, second: str = "previous"
+) -> tuple[torch.Tensor, ops.PolicyWeights]:
     x = torch.zeros(2, 3, d, dtype=dtype)
-    w_in = torch.zeros(width, 2 * d)
-    return x, ops.pack_weights(w_in, torch.zeros(width), torch.zeros(width), torch.zeros(1), dtype)
+    w_in = torch.zeros(width, d if second == "none" else 2 * d)
+    if second == "residual":
+        w_in[:, d:] = 1.0
+    weights = ops.pack_weights(w_in, torch.zeros(width), torch.zeros(width), torch.zeros(1), dtype, second != "none")
+    assert weights.second == second
+    return x, weights
 
 
 def score_cases() -> list[Any]:
@@ -174,6 +220,62 @@ def test_score_configurations(arch, config, width, dtype, aligned, launches):
     assert ("cp.async.bulk.tensor" in built.ptx) == launch.arguments["TMA"]
 
 
+@pytest.mark.parametrize(("width", "tiles"), [(512, [256, 64]), (128, [128, 64]), (64, [64])])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "strided"])
+def test_the_main_loop_on_hopper_overlaps_loads_and_products(width, tiles, aligned, launches):
+    from score_vllm.kernels import score
+
+    config = configs.score_config("sm_90", 2, width)
+    assert (config.block_k, config.num_stages) == (64, 4)
+    x, weights = tokens_and_weights(torch.bfloat16, width)
+    score.score_partials(x if aligned else x[:, ::2], weights, config)
+    built = build(launches[0], 90)
+    assert_clean(built, 90)
+    found = loops(built, 90)
+    # Whole tiles, and the pieces of the last wave.
+    assert len(found) == len(tiles)
+    for loop in found:
+        # A warpgroup takes 64 rows by 16 columns a product.
+        assert loop.products == (64 // 16) * (config.block_m // 64) // (config.num_warps // 4)
+        assert loop.from_registers == 0
+        assert loop.waits == [1], "a product must run while the next one's operands are waited for"
+        assert loop.float_arithmetic == 0, "no residual"
+        # Both tiles by one instruction each, or spread over the threads.
+        assert loop.loads == 2 if aligned else loop.loads > 2
+
+
+def test_the_loop_that_subtracts_first_would_be_caught(launches):
+    from score_vllm.kernels import score
+
+    x, weights = tokens_and_weights(torch.bfloat16, 512, second="residual")
+    score.score_partials(x, weights, configs.score_config("sm_90", 2, 512, "residual"))
+    for loop in loops(build(launches[0], 90), 90):
+        assert loop.from_registers == loop.products // 2
+        assert 0 in loop.waits
+        assert loop.float_arithmetic > 0
+
+
+def residual_cases() -> list[Any]:
+    return [
+        pytest.param(arch, itemsize, config.block_h, id=f"{arch}-{itemsize}-{config.block_h}")
+        for (name, itemsize), table in configs.SCORE_CONFIGS.items()
+        for arch in ARCHITECTURES[name]
+        for config in table[:1]
+    ]
+
+
+@pytest.mark.parametrize(("arch", "itemsize", "width"), residual_cases())
+def test_subtracting_first_fits_every_chip(arch, itemsize, width, launches):
+    from score_vllm.kernels import score
+
+    x, weights = tokens_and_weights({2: torch.bfloat16, 4: torch.float32}[itemsize], width, second="residual")
+    name = next(name for name, chips in ARCHITECTURES.items() if arch in chips)
+    score.score_partials(x, weights, configs.score_config(name, itemsize, width, "residual"))
+    built = build(launches[0], arch)
+    assert_clean(built, arch)
+    assert itemsize == 4 or MATRIX_INSTRUCTION[arch][0] in built.ptx
+
+
 @pytest.mark.parametrize("width", [64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_width_has_a_configuration(arch, width):
@@ -182,13 +284,11 @@ def test_every_width_has_a_configuration(arch, width):
     assert config.block_h == min(width, 256 if arch == 90 else 128)
 
 
-@pytest.mark.parametrize(("d", "use_residual"), [(16, True), (48, False), (8192, True)])
-def test_score_on_hopper_at_other_sizes(d, use_residual, launches):
+@pytest.mark.parametrize(("d", "second"), [(16, "previous"), (48, "none"), (8192, "previous")])
+def test_score_on_hopper_at_other_sizes(d, second, launches):
     from score_vllm.kernels import score
 
-    x = torch.zeros(2, 3, d, dtype=torch.bfloat16)
-    w_in = torch.zeros(1024, 2 * d if use_residual else d)
-    weights = ops.pack_weights(w_in, torch.zeros(1024), torch.zeros(1024), torch.zeros(1), x.dtype, use_residual)
+    x, weights = tokens_and_weights(torch.bfloat16, 1024, d, second)
     score.score_partials(x, weights)
     built = build(launches[0], 90)
     assert_clean(built, 90)
@@ -201,7 +301,7 @@ def test_selection_and_gather(arch, launches):
     with ops.force_backend("triton"):
         ops.select_rows(x, weights, 2, ops.PositionTable.from_layout(grid_layout(VideoGrid(2, 1, 3), 1.0)))
         ops.gather(x, torch.zeros(2, dtype=torch.int64))
-        ops.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
+        ops.score(x, torch.zeros(512, 2 * 3584), torch.zeros(512), torch.zeros(512), torch.zeros(1))
     names = [launch.kernel.__name__ for launch in launches]
     assert names == [
         "score_kernel",

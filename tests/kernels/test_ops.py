@@ -13,11 +13,12 @@ from score_vllm.kernels import configs, ops, reference
 from score_vllm.layout import grid_layout
 
 
+def parameters(d: int = 16, h: int = 64, use_residual: bool = True):
+    return torch.randn(h, 2 * d if use_residual else d), torch.randn(h), torch.randn(h), torch.randn(1)
+
+
 def weights(d: int = 16, h: int = 64, dtype: torch.dtype = torch.bfloat16, use_residual: bool = True):
-    columns = 2 * d if use_residual else d
-    return ops.pack_weights(
-        torch.randn(h, columns), torch.randn(h), torch.randn(h), torch.randn(1), dtype, use_residual
-    )
+    return ops.pack_weights(*parameters(d, h, use_residual), dtype, use_residual)
 
 
 def test_the_cpu_runs_torch_and_says_so():
@@ -38,10 +39,11 @@ def test_the_cpu_runs_torch_and_says_so():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_compress_is_score_topk_gather(dtype):
     x = torch.randn(5, 12, 16).to(dtype)
-    packed = weights(dtype=dtype)
+    given = parameters()
+    packed = ops.pack_weights(*given, dtype)
     table = ops.PositionTable.from_layout(grid_layout(VideoGrid(5, 3, 4), 300.0))
     out = ops.select_rows(x, packed, 7, table)
-    assert torch.equal(out.scores, ops.score(x, packed.w_in, packed.b_in, packed.w_out, packed.b_out))
+    assert torch.equal(out.scores, ops.score(x, *given))
     indices, has_nan = ops.topk(out.scores, 7)
     assert torch.equal(out.indices, indices)
     assert not out.has_nan

@@ -10,9 +10,9 @@ from score_vllm.kernels import ops, reference
 from score_vllm.layout import grid_layout, interleaved_layout, sequential_layout
 
 
-def policy(d: int, h: int, dtype: torch.dtype, device: torch.device) -> ops.PolicyWeights:
-    parameters = torch.randn(h, 2 * d) / d**0.5, torch.randn(h), torch.randn(h), torch.randn(1)
-    return ops.pack_weights(*(p.to(device) for p in parameters), dtype)
+def parameters(d: int, h: int, device: torch.device) -> list[torch.Tensor]:
+    given = torch.randn(h, 2 * d) / d**0.5, torch.randn(h), torch.randn(h), torch.randn(1)
+    return [p.to(device) for p in given]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -77,7 +77,7 @@ def test_structure_rows_stand_where_the_unpruned_span_has_them(kind, width, dtyp
 def test_the_policy_reads_the_first_columns_only(dtype, device, seed):
     grid = VideoGrid(6, 5, 3)
     x = torch.randn(6, 15, 192, device=device).to(dtype)
-    weights = policy(48, 64, dtype, device)
+    weights = ops.pack_weights(*parameters(48, 64, device), dtype)
     table = ops.PositionTable.from_layout(interleaved_layout(grid, [[1, 2]] * 6, [[3]] * 6))
     out = ops.select_rows(x, weights, 9, table, width=48)
     plain = ops.select_rows(x[..., :48].contiguous(), weights, 9)
@@ -102,9 +102,10 @@ def test_gather_copies_rows_and_channels(d, channels, device, seed):
 def test_compress_agrees_with_its_parts_and_the_reference(shape, dtype, device, seed):
     t, n, d, h = shape
     x = torch.randn(t, n, d, device=device).to(dtype)
-    weights = policy(d, h, dtype, device)
+    given = parameters(d, h, device)
+    weights = ops.pack_weights(*given, dtype)
     table = ops.PositionTable.from_layout(grid_layout(VideoGrid(t, 1, n), 50.0))
-    want = reference.score(x, weights.w_in, weights.b_in, weights.w_out, weights.b_out)
+    want = reference.score(x, *given)
     tolerance = 4e-6 * (1.0 + float(want.abs().max()))
     for k in sorted({1, max(1, t * n // 10), t * n}):
         out = ops.select_rows(x, weights, k, table)
@@ -123,7 +124,7 @@ def test_compress_agrees_with_its_parts_and_the_reference(shape, dtype, device, 
 
 def test_compress_reports_nan(device, seed):
     x = torch.randn(3, 10, 48, device=device).to(torch.bfloat16)
-    weights = policy(48, 64, torch.bfloat16, device)
+    weights = ops.pack_weights(*parameters(48, 64, device), torch.bfloat16)
     x[1, 4, 7] = float("nan")
     out = ops.select_rows(x, weights, 5)
     assert bool(out.has_nan)
@@ -131,5 +132,5 @@ def test_compress_reports_nan(device, seed):
 
 
 def test_warm_up_runs_every_kernel_once(device):
-    ops.warm_up(policy(48, 64, torch.bfloat16, device))
+    ops.warm_up(ops.pack_weights(*parameters(48, 64, device), torch.bfloat16))
     assert ops.last_backend("select_rows") == "triton"

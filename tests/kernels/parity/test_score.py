@@ -28,22 +28,25 @@ SHAPES = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def make(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, use_residual: bool = True):
+def make(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, form: str = "previous"):
     t, n, d, h = shape
-    inputs = 2 * d if use_residual else d
+    inputs = d if form == "none" else 2 * d
     x = torch.randn(t, n, d).to(dtype)
     w_in, b_in = torch.randn(h, inputs) / inputs**0.5, torch.randn(h) / 4
+    if form == "residual":
+        w_in[:, :d] /= 5
     w_out, b_out = torch.randn(h) / h**0.5, torch.randn(1)
     return x.to(device), [p.to(device) for p in (w_in, b_in, w_out, b_out)]
 
 
 def exact(x: torch.Tensor, params: list[torch.Tensor], use_residual: bool = True) -> torch.Tensor:
     """The specification in fp64: the operands rounded to the dtype of x, nothing else."""
-    w_in, b_in, w_out, b_out = (p.cpu().double() for p in params)
+    weights = ops.pack_weights(*(p.cpu() for p in params), x.dtype, use_residual)
     x = x.cpu()
-    inputs = torch.cat([x, reference.residual(x)], -1) if use_residual else x
-    hidden = F.gelu(inputs.double() @ w_in.to(x.dtype).double().T + b_in)
-    return (hidden @ w_out + b_out).flatten()
+    operands = {"none": lambda x: x[..., :0], "previous": reference.previous, "residual": reference.residual}
+    inputs = torch.cat([x, operands[weights.second](x)], -1).double()
+    hidden = F.gelu(inputs @ weights.w_in.double().T + weights.b_in.double())
+    return (hidden @ weights.w_out.double() + weights.b_out.double()).flatten()
 
 
 def plain(x: torch.Tensor, params: list[torch.Tensor], use_residual: bool = True) -> torch.Tensor:
@@ -64,11 +67,13 @@ def tolerance(dtype: torch.dtype, want: torch.Tensor, width: int) -> float:
     return 2e-6 * (1.0 + float(want.abs().max())) * max(1.0, width / 256) ** 0.5
 
 
-@pytest.mark.parametrize("use_residual", [True, False])
+@pytest.mark.parametrize("form", ["none", "previous", "residual"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_score_is_near_fp64(shape, dtype, use_residual, device, seed):
-    x, params = make(shape, dtype, device, use_residual)
+def test_score_is_near_fp64(shape, dtype, form, device, seed):
+    x, params = make(shape, dtype, device, form)
+    use_residual = form != "none"
+    assert ops.pack_weights(*params, dtype, use_residual).second == form
     got = ops.score(x, *params, use_residual)
     assert ops.last_backend("score") == "triton"
     want = exact(x, params, use_residual)
@@ -79,10 +84,11 @@ def test_score_is_near_fp64(shape, dtype, use_residual, device, seed):
     assert error(got, want) <= tolerance(dtype, want, shape[3])
 
 
+@pytest.mark.parametrize("form", ["previous", "residual"])
 @pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize("num_sms", [1, 3, 1000])
 @pytest.mark.parametrize("config", [SMALL, WARPGROUP], ids=["small", "warpgroup"])
-def test_whole_and_cut_tiles_agree_bit_for_bit(config, num_sms, tma, device, seed):
+def test_whole_and_cut_tiles_agree_bit_for_bit(config, num_sms, tma, form, device, seed):
     from score_vllm.kernels import score as kernel
 
     # Small whole numbers make every sum exact, so that any difference is one of indexing or of order.
@@ -90,7 +96,10 @@ def test_whole_and_cut_tiles_agree_bit_for_bit(config, num_sms, tma, device, see
     x = torch.randint(-3, 4, (t, n, d), device=device).to(torch.bfloat16)
     w_in = torch.randint(-1, 2, (h, 2 * d), device=device) / 8
     w_out = torch.randn(h, device=device)
+    if form == "residual":
+        w_in[:, d:] *= 4
     weights = ops.pack_weights(w_in, torch.zeros(h, device=device), w_out, torch.ones(1, device=device), x.dtype)
+    assert weights.second == form
     config = replace(config, tma=tma)
     partials = kernel.score_partials(x, weights, config, num_sms)
     assert partials.shape == (h // 64, t * n)
