@@ -24,7 +24,7 @@ SHAPE = ClipShape(8, 112, 112)
 
 
 @pytest.fixture
-def clips(server: Server, tmp_path: Path) -> list[Path]:
+def served_clips(server: Server, tmp_path: Path) -> list[Path]:
     """Six clips in the folder that the server may read."""
     return [Path(shutil.copy(clip, server.media)) for clip in write_clips(tmp_path / "clips", SHAPE, range(6))]
 
@@ -38,8 +38,10 @@ def counts(server: Server, tmp_path: Path) -> Counts:
     return Counts(original, answer.usage.prompt_tokens - original)
 
 
-def test_the_client_streams_mixed_ratios_without_a_failure(server: Server, counts: Counts, clips: list[Path]) -> None:
-    requests = make_requests(counts, clips, (1.0, 0.25, 0.1), 6, max_tokens=5)
+def test_the_client_streams_mixed_ratios_without_a_failure(
+    server: Server, counts: Counts, served_clips: list[Path]
+) -> None:
+    requests = make_requests(counts, served_clips, (1.0, 0.25, 0.1), 6, max_tokens=5)
     watched = servers.Server("score", server.url, server.log, server.process)
     with Monitor(watched, interval=0.1) as monitor:
         records, cpu = run_level(server.url, "demo", requests, 2, API_KEY)
@@ -53,12 +55,12 @@ def test_the_client_streams_mixed_ratios_without_a_failure(server: Server, count
     assert monitor.peak_rss > 1 << 28
 
 
-def test_what_is_wrong_is_a_failure_and_not_a_number(server: Server, counts: Counts, clips: list[Path]) -> None:
+def test_what_is_wrong_is_a_failure_and_not_a_number(server: Server, counts: Counts, served_clips: list[Path]) -> None:
     """A wrong count, a refused ratio, a missing clip, a wrong key: each is recorded, and none of them ends the run."""
-    requests = make_requests(counts, clips, (0.25,), 4, max_tokens=2)
+    requests = make_requests(counts, served_clips, (0.25,), 4, max_tokens=2)
     requests[0] = replace(requests[0], counts=Counts(counts.visual, counts.text + 1))
     requests[1] = replace(requests[1], ratio=7)
-    clips[2].unlink()
+    served_clips[2].unlink()
     records, _ = run_level(server.url, "demo", requests, 2, API_KEY)
     errors = [record["error"] for record in records]
     assert "tokens instead of" in errors[0]
