@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from score_vllm.budget import check_retention_ratio
+from score_vllm.video.sampling import DEFAULT_MAX_FRAMES
 
 FORMAT_VERSION = 1
 # Of policies whose file names no architecture: when they were written there was only this one.
@@ -95,6 +96,9 @@ HF_CONFIG_KEY = "score"
 # For VLLM_MEDIA_CONNECTOR: fetches videos for our loaders under their limits.
 MEDIA_CONNECTOR = "score"
 
+# Least pixel limit of a frame: one visual token of every supported model.
+MIN_PIXELS = 32 * 32
+
 # Speculative decoding without a draft model, which would read uncompressed positions.
 SPECULATIVE_METHODS = ("ngram", "suffix")
 
@@ -109,6 +113,9 @@ class ServingConfig:
         allowed_methods: names that a request may choose instead; empty means no choice.
         policy: directory of the retention policy, for ``method="score"``.
         policy_digest: :meth:`score_vllm.policy.RetentionPolicy.digest` of that policy; part of every cache key.
+        max_frames: most frames of a video; with ``max_pixels`` the size that memory is reserved for.
+        max_pixels: most pixels of a frame after resizing; None is 768 tokens a cell, or the checkpoint's own limit
+            where that is lower.
     """
 
     retention_ratio: float = 1.0
@@ -116,6 +123,8 @@ class ServingConfig:
     allowed_methods: tuple[str, ...] = ()
     policy: str | None = None
     policy_digest: str = ""
+    max_frames: int = DEFAULT_MAX_FRAMES
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention_ratio", check_retention_ratio(self.retention_ratio))
@@ -129,6 +138,12 @@ class ServingConfig:
         ):
             raise ValueError(f"score config: allowed_methods must be a list of names, got {self.allowed_methods!r}")
         object.__setattr__(self, "allowed_methods", tuple(self.allowed_methods))
+        for name, least in (("max_frames", 1), ("max_pixels", MIN_PIXELS)):
+            value = getattr(self, name)
+            if name == "max_pixels" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"score config: {name} must be an integer >= {least}, got {value!r}")
         if "score" in self.methods and not self.policy:
             raise ValueError("score config: method 'score' needs policy, the directory of a trained retention policy")
 

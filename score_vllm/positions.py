@@ -43,7 +43,8 @@ def unpack_offsets(channels: torch.Tensor) -> torch.Tensor:
         [K, A] int64.
     """
     digits = channels.to(torch.int64).unflatten(-1, (channels.shape[-1] // DIGITS, DIGITS))
-    return (digits << (8 * torch.arange(DIGITS, device=channels.device))).sum(-1)
+    # No tensor of place values: it would be copied from the host in every step.
+    return sum((digits[..., place] * 256**place for place in range(1, DIGITS)), digits[..., 0])
 
 
 @dataclass(frozen=True, slots=True)

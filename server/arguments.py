@@ -8,9 +8,10 @@ from typing import Any
 from score_vllm import methods
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
+from score_vllm.config import MIN_PIXELS
 from score_vllm.near_miss import near_miss
 from score_vllm.server.options import LOADERS, TRAINING_FREE_METHOD
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 PROG = "score-serve"
 USAGE = "score-serve --model MODEL [--retention RATIO] [SCORE options] [options of vLLM's server]"
@@ -55,6 +56,15 @@ def add_options(parser: Any) -> None:
         help=f"most frames read from a video (default: {DEFAULT_MAX_FRAMES})",
     )
     group.add_argument(
+        "--max-pixels",
+        type=_pixels,
+        default=None,
+        metavar="N",
+        help="most pixels of a frame, above which it is made smaller; with --max-frames this sizes the memory that is "
+        f"reserved for a video (default: {DEFAULT_CELL_TOKENS} visual tokens a cell, which is "
+        f"{DEFAULT_CELL_TOKENS * 28 * 28} for Qwen2.5-VL, or the checkpoint's limit where that is lower)",
+    )
+    group.add_argument(
         "--fps",
         type=_positive_float,
         default=None,
@@ -93,7 +103,10 @@ def check_early(argv: list[str]) -> None:
 
 def build_parser() -> Any:
     """vLLM's own server parser with our group in front."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # vLLM 0.33
+        from vllm.entrypoints.common.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):
@@ -127,6 +140,12 @@ def _method_names(text: str) -> tuple[str, ...]:
 def _positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _pixels(text: str) -> int:
+    if not text.isdigit() or int(text) < MIN_PIXELS:
+        raise argparse.ArgumentTypeError(f"must be an integer >= {MIN_PIXELS}, got {text!r}")
     return int(text)
 
 

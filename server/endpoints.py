@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER
 from score_vllm.models.worker import WORKER_EXTENSION
-from score_vllm.server import metrics
+from score_vllm.server import metrics, sampling
 from score_vllm.server.content import OWN_FIELDS
 from score_vllm.server.context import RequestContext, ServerState, enter
 from score_vllm.server.other_routes import CHAT_PATH, TOKENIZE_PATH, RefuseElsewhere
@@ -168,8 +169,10 @@ def _prepare_reading(engine_client: Any) -> int | None:
     video = engine_client.vllm_config.model_config.multimodal_config.media_io_kwargs.get("video", {})
     if envs.VLLM_MEDIA_CONNECTOR != MEDIA_CONNECTOR or video.get("video_backend") not in (PYAV_LOADER, DECORD_LOADER):
         return None
-    processor = engine_client.renderer.get_mm_processor().info.get_hf_processor().video_processor
-    if (resize := Resize.for_processor(processor)) is not None:
+    info = engine_client.renderer.get_mm_processor().info
+    if (resize := Resize.for_processor(info.get_hf_processor().video_processor)) is not None:
+        size = info.resolve_video_kwargs({})["videos_kwargs"]["size"]
+        resize = replace(resize, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
         video.setdefault("resize", resize.to_json())
     return int(video.get("num_frames", DEFAULT_MAX_FRAMES))
 
@@ -220,6 +223,7 @@ class ScoreEndpointPlugin:
         ours = {CHAT_PATH, TOKENIZE_PATH}
         paths = frozenset(route.path for route in routes if "POST" in route.methods) - ours
         app.add_middleware(RefuseElsewhere, paths=paths)
+        metrics.attach_page(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Any) -> None:
         """Check that every process compresses, then hook the renderer and the metrics.
@@ -232,11 +236,12 @@ class ScoreEndpointPlugin:
         if serving is None:
             return
         await _verify(engine_client, serving)
+        sampling.refuse_seed_on_cpu(engine_client)
         sandbox.configure(max_bytes_in_flight=DECODING_BYTES)
         sandbox.start()
         hook_renderer(engine_client.renderer)
         if (directory := os.environ.get(STATS_VARIABLE)) is not None:
-            metrics.expose_compressor_seconds(Path(directory))
+            metrics.expose_workers(Path(directory))
         state.score = ServerState(serving, _prepare_reading(engine_client), bool(args.trust_request_mm_kwargs))
         if (text := getattr(args, "score_banner", None)) is not None:
             state.score_announcement = asyncio.create_task(_announce(args.host, args.port, text))

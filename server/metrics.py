@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
+from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY, Counter, Histogram
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from starlette.responses import Response
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from score_vllm.models.processing import VideoReport
-from score_vllm.models.timing import BUCKETS, read_histogram
+from score_vllm.models.timing import BUCKETS, read_stats
 
+SECONDS = ("score_compressor_seconds", "Seconds of selection per encoded video.")
+NAN_VIDEOS = ("score_nan_videos", "Videos whose scores were NaN: broken vision features, and a broken answer.")
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 _videos = Counter("score_videos", "Videos that requests brought in.")
@@ -35,36 +42,49 @@ def count_videos(reports: Iterable[VideoReport]) -> None:
         _ratios.observe(report.spec.retention_ratio)
 
 
-class CompressorSecondsCollector(Collector):
-    """Reads the workers' timings at scrape time; see :mod:`score_vllm.models.timing`."""
+class CompressorCollector(Collector):
+    """Reads the workers' numbers at scrape time; see :mod:`score_vllm.models.timing`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def describe(self) -> Sequence[HistogramMetricFamily]:
-        """Name only: registering must not read files."""
-        return [HistogramMetricFamily("score_compressor_seconds", "Seconds of selection per encoded video.")]
+    def describe(self) -> Sequence[Metric]:
+        """Names only: registering must not read files."""
+        return [HistogramMetricFamily(*SECONDS), CounterMetricFamily(*NAN_VIDEOS)]
 
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        """One histogram over all workers."""
-        counts, seconds = read_histogram(self._directory)
+    def collect(self) -> Iterable[Metric]:
+        """Sums over all workers."""
+        counts, seconds, nan_videos = read_stats(self._directory)
         bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
-        cumulative, running = [], 0
-        for bound, count in zip(bounds, counts, strict=True):
-            running += count
-            cumulative.append((bound, running))
-        family = HistogramMetricFamily("score_compressor_seconds", "Seconds of selection per encoded video.")
-        family.add_metric([], cumulative, seconds)
-        yield family
+        histogram = HistogramMetricFamily(*SECONDS)
+        histogram.add_metric([], list(zip(bounds, accumulate(counts), strict=True)), seconds)
+        yield histogram
+        yield CounterMetricFamily(*NAN_VIDEOS, value=nan_videos)
 
 
-_collector: CompressorSecondsCollector | None = None
+_collector: CompressorCollector | None = None
 
 
-def expose_compressor_seconds(directory: Path) -> None:
-    """Put the workers' histogram on the metrics page; a second call replaces the first."""
+def expose_workers(directory: Path) -> None:
+    """Put the workers' numbers on the metrics page; a second call replaces the first."""
     global _collector
     if _collector is not None:
         REGISTRY.unregister(_collector)
-    _collector = CompressorSecondsCollector(directory)
+    _collector = CompressorCollector(directory)
     REGISTRY.register(_collector)
+
+
+def attach_page(app: FastAPI) -> None:
+    """With several API servers vLLM's page shows what they left in files, not this process's registry; ours shows the
+    workers' numbers besides."""
+    if get_prometheus_registry() is REGISTRY:
+        return
+
+    def page(request: Request) -> Response:
+        registry = get_prometheus_registry()
+        if _collector is not None:
+            registry.register(_collector)
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=content_type)
+
+    app.add_api_route("/metrics", page, methods=["GET"], include_in_schema=False)

@@ -89,8 +89,12 @@ def check_plugins() -> None:
     """vLLM logs and swallows plug-in import errors; import ours here, where an error still stops the start.
 
     Raises:
-        UsageError: an entry point is missing or does not import.
+        UsageError: an entry point is missing or does not import, or vLLM is an untested version.
     """
+    try:
+        plugin.check_version()
+    except plugin.UntestedVersionError as error:
+        raise UsageError(str(error)) from error
     for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
         found = list(entry_points(group=group, name="score"))
         if not found:
@@ -138,30 +142,43 @@ def check_engine_options(args: argparse.Namespace) -> None:
         raise UsageError("--grpc is not supported: retention_ratio is a field of the HTTP API")
 
 
-def apply_media_options(args: argparse.Namespace, architecture: Architecture) -> None:
-    """Our loader, the family's sampling and a download cap, under what ``--media-io-kwargs`` says."""
+def apply_media_options(args: argparse.Namespace, architecture: Architecture) -> int:
+    """Our loader, the family's sampling and a download cap, under what ``--media-io-kwargs`` says.
+
+    Returns:
+        The most frames of a video.
+
+    Raises:
+        UsageError: ``--media-io-kwargs`` lifts the limit of frames.
+    """
     fps, max_frames = architecture.sampling
     given = dict(args.media_io_kwargs or {})
-    video: dict[str, Any] = {}
+    frames = max_frames if args.max_frames is None else args.max_frames
+    video: dict[str, Any] = {"num_frames": frames}
     if (loader := LOADERS[args.video_loader]) is not None:
-        video = {"video_backend": loader, "num_frames": max_frames, "fps": fps or 0}
-        video["max_bytes"] = MAX_DOWNLOAD_BYTES
-    if args.max_frames is not None:
-        video["num_frames"] = args.max_frames
-        if loader is None:
-            # vLLM picks a loader for Qwen that goes by rate and heeds this name only.
-            video["max_frames"] = args.max_frames
+        video |= {"video_backend": loader, "fps": fps or 0, "max_bytes": MAX_DOWNLOAD_BYTES}
+    else:
+        # vLLM picks a loader for Qwen that goes by rate and heeds this name only.
+        video["max_frames"] = frames
     if args.fps is not None:
         video["fps"] = args.fps
     asked = dict(given.get("video", {}))
     if asked.get("video_backend", loader) != loader:
         video.pop("max_bytes", None)  # a key of our loaders
         video.pop("video_backend", None)
-    args.media_io_kwargs = {**given, "video": {**video, **asked}}
+    video |= asked
+    for name in {"num_frames", "max_frames"} & set(video):
+        if not isinstance(video[name], int) or video[name] < 1:
+            raise UsageError(
+                f"--media-io-kwargs: video.{name} must be an integer >= 1, got {video[name]!r}: memory is reserved for "
+                "this many frames"
+            )
+    args.media_io_kwargs = {**given, "video": video}
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
     if "video" not in args.limit_mm_per_prompt:
         # vLLM's default is 999: as many decoded videos as that would have to fit in memory at once.
         args.limit_mm_per_prompt = {**args.limit_mm_per_prompt, "video": MAX_VIDEOS_PER_PROMPT}
+    return max(video["num_frames"], video.get("max_frames", 1))
 
 
 def apply_scheduler_options(args: argparse.Namespace) -> None:
@@ -222,12 +239,12 @@ def configure(args: argparse.Namespace) -> str | None:
     digest = ""
     if policy is not None:
         policy, digest = check_policy(policy, hidden_size, architecture.name)
-    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest)
+    frames = apply_media_options(args, architecture)
+    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest, frames, args.max_pixels)
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
     args.worker_extension_cls = WORKER_EXTENSION
-    apply_media_options(args, architecture)
     apply_scheduler_options(args)
     args.score_clip = model.demo_clip
     return warning

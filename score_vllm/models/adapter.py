@@ -18,9 +18,9 @@ A step without visual rows does no position work. Why vLLM's own hooks are not u
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,12 +32,10 @@ from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.layout import AXES, VideoLayout
 from score_vllm.models.processing import LAYOUT_KEY, METHOD_INDEX_KEY, NUM_RETAINED_KEY
-from score_vllm.models.timing import STATS_VARIABLE, CompressorTimer
+from score_vllm.models.timing import STATS_VARIABLE, CompressorStats
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import POSITION_CHANNELS, VisualSpan, prompt_positions, unpack_offsets
 from score_vllm.select import select_retained
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,13 +57,12 @@ class VideoCompressor:
     def __init__(self, serving: ServingConfig, hidden_size: int, architecture: str) -> None:
         self.serving = serving
         self.hidden_size = hidden_size
-        # One worker per tensor-parallel group keeps the time, or every video would count several times.
-        self.timer = CompressorTimer(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
+        # One worker per tensor-parallel group reports, or every video would count several times.
+        self.stats = CompressorStats(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
         for name in serving.methods:
             methods.get(name)
         self.policy: RetentionPolicy | None = None
         self._weights: PolicyWeights | None = None
-        self.nan_videos = torch.zeros((), dtype=torch.int64, device="cpu")
         if serving.policy is not None:
             self.policy = load_policy(serving.policy, hidden_size, architecture)
             if serving.policy_digest and self.policy.digest() != serving.policy_digest:
@@ -73,26 +70,29 @@ class VideoCompressor:
                     f"policy {serving.policy} changed on disk while the server was starting; start it again"
                 )
 
-    def prepare(self, dtype: torch.dtype, device: torch.device, row_width: int) -> None:
-        """Compile the kernels at start-up, so that no request waits for it."""
-        if self.policy is not None and device.type == "cuda":
-            ops.warm_up(self._policy_weights(dtype, device), row_width)
+    def prepare(self, dtype: torch.dtype, device: torch.device, row_width: int) -> dict[str, torch.Tensor]:
+        """Pack the policy and compile the kernels at start-up, so that no request waits for it.
+
+        Returns:
+            The packed tensors by name. Whoever frees or restores the model's memory must know of them.
+        """
+        if self.policy is None:
+            return {}
+        weights = self._policy_weights(dtype, device)
+        if device.type == "cuda":
+            ops.warm_up(weights, row_width)
+        named = {field.name: getattr(weights, field.name) for field in fields(weights)}
+        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
     def _policy_weights(self, dtype: torch.dtype, device: torch.device) -> PolicyWeights:
         """The policy in the dtype and on the device of the tokens, cast once."""
         if self._weights is None or (self._weights.w_in.dtype, self._weights.w_in.device) != (dtype, device):
             assert self.policy is not None, "checked by ServingConfig"
-            policy = self.policy.to(device)
-            parameters = (policy.w_in, policy.b_in, policy.w_out, policy.b_out)
-            self._weights = ops.pack_weights(*parameters, dtype, policy.config.use_residual)
+            # The policy itself stays on the CPU, where sleep mode does not reach it.
+            policy = self.policy
+            w_in, b_in, w_out, b_out = (p.to(device) for p in (policy.w_in, policy.b_in, policy.w_out, policy.b_out))
+            self._weights = ops.pack_weights(w_in, b_in, w_out, b_out, dtype, policy.config.use_residual)
         return self._weights
-
-    def _count_nan(self, has_nan: torch.Tensor) -> None:
-        """NaN scores mean a broken tower or hostile embeddings. Ending the engine would end every request, so such a
-        video keeps tokens by index and is counted; on a GPU the flag stays there, and no sync is paid for it."""
-        self.nan_videos = self.nan_videos.to(has_nan.device) + has_nan
-        if not has_nan.is_cuda and bool(has_nan):
-            logger.error("a video's scores are NaN: its vision features are broken, and so is its answer")
 
     @property
     def needs_saliency(self) -> bool:
@@ -122,17 +122,16 @@ class VideoCompressor:
         Returns:
             [S + K, W + 9 or 12] in the dtype of ``x``.
         """
-        with self.timer.measure(x.device):
+        with self.stats.measure(x.device) as measured:
             video = x.view(layout.grid.t, layout.grid.tokens_per_frame, x.shape[-1])
             table = PositionTable.from_layout(layout)
             if method == "score":
                 weights = self._policy_weights(x.dtype, x.device)
                 out = ops.select_rows(video, weights, num_retained, table, width=self.hidden_size, learned=learned)
-                self._count_nan(out.has_nan)
+                measured.has_nan = out.has_nan
                 return out.buffer
             read = video[..., : self.hidden_size]
-            kept, has_nan = select_retained(read, num_retained, method, saliency=saliency)
-            self._count_nan(has_nan)
+            kept, measured.has_nan = select_retained(read, num_retained, method, saliency=saliency)
             return ops.gather(video, kept.indices, table, learned=learned, rows=kept.embeddings)
 
 
@@ -143,7 +142,8 @@ def load_policy(directory: str, hidden_size: int, architecture: str) -> Retentio
         ValueError: its hidden size or architecture differs from the model's; both are in the message.
         FileNotFoundError: see :meth:`RetentionPolicy.from_pretrained`.
     """
-    policy = RetentionPolicy.from_pretrained(directory)
+    with torch.device("cpu"):  # while vLLM builds a model, tensors are made on its GPU
+        policy = RetentionPolicy.from_pretrained(directory)
     if policy.config.hidden_size != hidden_size:
         raise ValueError(
             f"policy {directory} was made for hidden size {policy.config.hidden_size}, "
@@ -225,14 +225,15 @@ class CompressionModelMixin:
         object.__setattr__(self, "compressor", VideoCompressor(serving, hidden_size, architecture))
         assert self.compressor is not None
         device = vllm_config.device_config.device
-        self.compressor.prepare(vllm_config.model_config.dtype, device, self.row_width)
+        packed = self.compressor.prepare(vllm_config.model_config.dtype, device, self.row_width)
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(scheduler.max_num_batched_tokens, captured)
         # [tokens of a step, 3]; all zero except in a step that has visual rows.
         offsets = torch.zeros(rows, 3, dtype=torch.int64, device=device)
-        # A buffer, so that vLLM's sleep mode keeps it; not persistent, so that no checkpoint has to hold it.
-        self.register_buffer("_position_offsets", offsets, persistent=False)  # type: ignore[attr-defined]
+        # Buffers, so that vLLM's sleep mode saves and restores them; not persistent: no checkpoint has to hold them.
+        for name, tensor in {"_position_offsets": offsets, **{f"_policy_{k}": v for k, v in packed.items()}}.items():
+            self.register_buffer(name, tensor, persistent=False)  # type: ignore[attr-defined]
         self._offset_rows = 0
 
     def prompt_spans(self, mm_features: Sequence[Any]) -> list[VisualSpan]:
@@ -246,6 +247,12 @@ class CompressionModelMixin:
             else:
                 spans.append(VisualSpan.unpruned(start, self.image_layout(feature.data, length)))
         return spans
+
+    def ranks_by_attention(self, fields: Mapping[str, Any]) -> list[bool]:
+        """Per video whether its method needs a saliency."""
+        assert self.compressor is not None
+        names = self.compressor.serving.methods
+        return [methods.get(names[int(index)]).needs_saliency for index in fields[METHOD_INDEX_KEY]]
 
     def compress_videos(
         self, fields: Mapping[str, Any], encoded: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
@@ -282,6 +289,7 @@ class CompressionModelMixin:
     ) -> torch.Tensor:
         """Merge the rows of a step; the offsets that video rows carry are kept for :meth:`forward`."""
         if self.compressor is not None:
+            self.compressor.stats.collect()
             if self._offset_rows:
                 self._position_offsets[: self._offset_rows].zero_()
                 self._offset_rows = 0
@@ -333,9 +341,12 @@ class CompressionModelMixin:
         """The family's forward at the kept tokens' original positions [3, tokens]."""
         if self.compressor is not None and (self._offset_rows or _capturing(positions)):
             # In place: piecewise CUDA graphs read the address that they were captured with, the runner's buffer,
-            # which both runners write anew in every step. A fully captured graph replays this addition on whatever
-            # the offsets then are: zeros in a decode step.
-            positions += self._position_offsets[: positions.shape[-1]].T
+            # which both runners write anew in every step. A fully captured graph replays this on whatever the offsets
+            # then are: zeros in a decode step. Used once: a dummy run does not embed, and would add them again.
+            offsets = self._position_offsets[: positions.shape[-1]]
+            positions += offsets.T
+            offsets.zero_()
+            self._offset_rows = 0
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
 

@@ -18,8 +18,8 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     encodes no more than it would without compression. Space in the cache is still charged by kept tokens, which is
     what it holds.
 
-    A step's first video is always let through, however large: vLLM has accepted it, so it must be served. A video that
-    comes from a remote encoder cache is charged as if it were encoded here: too strict, for that one step.
+    No admitted video is larger than a step's budget (:mod:`score_vllm.models.admission`): each gets its turn.
+    A video that comes from a remote encoder cache is charged as if it were encoded here: too strict, for that one step.
 
     Chosen by ``--ec-manager-config``; score-serve does so by itself.
 
@@ -40,10 +40,12 @@ class EncodedTokensCacheManager(EncoderCacheManager):
         return cls(cache_size)
 
     def _surcharge(self, request: Request, input_id: int) -> int:
-        """Encoded minus kept tokens; 0 for images, for precomputed embeddings, and where the scheduler does not see the
-        pixels (vLLM's shared-memory cache)."""
+        """Encoded minus kept tokens; 0 for images and precomputed embeddings. Where the scheduler does not see the
+        sizes (vLLM's shared-memory cache), a video counts as the largest one: a step of its own."""
         feature = request.mm_features[input_id]
-        if feature.data is None or "pixel_values_videos" not in feature.data or LAYOUT_KEY not in feature.data:
+        if feature.data is None:
+            return self.cache_size if feature.modality == "video" else 0
+        if LAYOUT_KEY not in feature.data or "pixel_values_videos" not in feature.data:
             return 0
         encoded = int(feature.data[LAYOUT_KEY].data[:3].prod())
         return max(0, encoded - request.get_num_encoder_embeds(input_id))

@@ -9,6 +9,7 @@ row of each frame (LLaVA-Video). Newlines always stay. Positions are 1-D: :mod:`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,14 +26,12 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.layout import LEARNED, VideoLayout, sequential_layout
 from score_vllm.models.adapter import CompressionModelMixin
+from score_vllm.models.admission import AdmissionDummyInputsMixin, AdmissionInfoMixin, VideoLimit
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.saliency import check_saliency_config
 from score_vllm.types import VideoGrid
 from score_vllm.vision.pooling import NEWLINES, frame_side, pool_frames
 from score_vllm.vision.saliency import frame_saliency
-
-# Frames of a video at which memory is profiled, and up to which ratio 1 fits vLLM's encoder cache; vLLM itself: 16.
-MAX_FRAMES = 64
 
 
 def video_layout(config: Any, num_frames: int) -> VideoLayout:
@@ -49,20 +48,19 @@ def video_layout(config: Any, num_frames: int) -> VideoLayout:
     return sequential_layout(grid, [[]] * num_frames, suffixes, row_newlines=newline == "grid")
 
 
-class ScoreLlavaOnevisionInfo(LlavaOnevisionProcessingInfo):
-    """Counts a video's tokens by its layout, and takes as many frames as the models were made for."""
+class ScoreLlavaOnevisionInfo(AdmissionInfoMixin, LlavaOnevisionProcessingInfo):
+    """Counts a video's tokens by its layout."""
 
-    def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
-        """S + T * N: what a video takes in the prompt at ratio 1."""
-        if not num_frames:
-            return 0
-        layout = video_layout(self.get_hf_config(), num_frames)
-        return layout.structure_tokens + layout.grid.num_tokens
+    @cached_property
+    def video_limit(self) -> VideoLimit:
+        """Frames have one size, whatever the file's."""
+        config, frames = self.get_hf_config(), self.serving.max_frames
+        layout, side = video_layout(config, frames), config.vision_config.image_size
+        return VideoLimit(frames, None, side, side, layout.grid.num_tokens, layout.structure_tokens)
 
-    def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
-        """As vLLM's, without its cap of 16."""
-        videos = max(mm_counts.get("video", 0), 1)
-        return max(min(self._get_max_video_frames(seq_len) // videos, MAX_FRAMES), 1)
+
+class ScoreLlavaOnevisionDummyInputs(AdmissionDummyInputsMixin, LlavaOnevisionDummyInputsBuilder):
+    """Profiles with the longest video admitted."""
 
 
 class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMultiModalProcessor):
@@ -79,7 +77,7 @@ class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMult
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ScoreLlavaOnevisionProcessor, info=ScoreLlavaOnevisionInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
+    ScoreLlavaOnevisionProcessor, info=ScoreLlavaOnevisionInfo, dummy_inputs=ScoreLlavaOnevisionDummyInputs
 )
 class ScoreLlavaOnevisionForConditionalGeneration(
     CompressionModelMixin, LlavaOnevisionForConditionalGeneration, SupportsMRoPE
@@ -90,6 +88,7 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup_compression(vllm_config)
         self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._listening = False
         if self.compressor is not None and self.compressor.needs_saliency:
             check_saliency_config(vllm_config)
             self._attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
@@ -109,7 +108,8 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         return pool_frames(self.config, image_features)
 
     def _keep(self, module: Any, args: tuple[Any, ...]) -> None:
-        self._captured = args[0], args[1]
+        if self._listening:
+            self._captured = args[0], args[1]
 
     def _saliency(self) -> torch.Tensor | None:
         """[T, N] of the frames that the tower has just seen: its last layer's attention, pooled like the features."""
@@ -133,9 +133,11 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         if self.compressor is None:
             return super()._process_video_pixels(inputs)
         videos, fields = inputs
-        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"]))
+        ranked = self.ranks_by_attention(fields)
+        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"], ranked))
 
-    def _encode_videos(self, videos: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for pixels in videos:
+    def _encode_videos(self, videos: Any, ranked: list[bool]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for pixels, self._listening in zip(videos, ranked, strict=True):
             x = self._video_pixels_to_features(self.vision_tower, pixels)
+            self._listening = False
             yield x.flatten(0, 1), self._saliency()

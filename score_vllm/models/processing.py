@@ -90,21 +90,6 @@ class _CompressedPlaceholder(PromptUpdateDetails):
 _reports: ContextVar[list[VideoReport]] = ContextVar("score_video_reports")
 
 
-class StructureInfoMixin:
-    """Put before a family's processing info where videos have structure rows: vLLM's limits must count them."""
-
-    def max_structure_tokens(self) -> int:
-        """S of the video with most."""
-        raise NotImplementedError
-
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """A video at ratio 1 has S + T * N rows, all of them embeddings."""
-        limits: Any = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
-        if limits is None or ServingConfig.from_hf_config(self.get_hf_config()) is None:  # type: ignore[attr-defined]
-            return limits
-        return {**limits, "video": limits["video"] + self.max_structure_tokens()}
-
-
 class CompressionProcessorMixin:
     """Put before a family's multimodal processor; inert where no serving configuration is present."""
 
@@ -173,9 +158,20 @@ class CompressionProcessorMixin:
             result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
         finally:
             _reports.reset(token)
+        self._check_context(reports)
         self._check_position_range(reports)
         result[REPORT_KEY] = reports
         return result
+
+    def _check_context(self, reports: Sequence[VideoReport]) -> None:
+        """Say which ratio fits, where the kept tokens alone are more than a prompt may have."""
+        kept = sum(report.retained_tokens for report in reports)
+        if kept >= self._max_length:
+            original = sum(report.grid.num_tokens for report in reports)
+            raise RequestFieldError(
+                f"{kept} of {original} visual tokens would be kept, and a prompt has less than {self._max_length} "
+                f"(--max-model-len); ask for a {RATIO_KEY} below {self._max_length / original:.2g}"
+            )
 
     def _check_position_range(self, reports: Sequence[VideoReport]) -> None:
         """Positions outside the rotary table would read wild memory: refuse what could reach them, decode included."""
@@ -204,6 +200,7 @@ class CompressionProcessorMixin:
                     mm_hash=digest,
                     score=self.serving.cache_key(spec.retention_ratio, spec.method),
                     options=spec.options.cache_key(),
+                    max_pixels=self.info.video_limit.max_pixels,  # type: ignore[attr-defined]
                 )
                 for digest, spec in zip(hashes["video"], specs, strict=True)
             ]
@@ -220,6 +217,9 @@ class CompressionProcessorMixin:
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """Run the family's processor without our key, then fix K once, for every later use."""
         specs, clean = _split_specs(hf_kwargs)
+        info: Any = self.info  # type: ignore[attr-defined]
+        if self.serving is not None and "video" in mm_items:
+            clean = info.resolve_video_kwargs(clean)
         try:
             data = super()._apply_hf_processor_main(mm_items, clean)  # type: ignore[misc]
         except ValueError as error:
@@ -228,6 +228,8 @@ class CompressionProcessorMixin:
                 raise
             raise ValueError(f"the model's processor refused a video or image: {error.__cause__}") from error
         if self.serving is not None and (layouts := self.video_layouts(data)):
+            for layout in layouts:
+                info.video_limit.check(layout.grid)
             pairs = zip(layouts, specs, strict=True)
             kept = [num_retained_tokens(layout.grid.num_tokens, spec.retention_ratio) for layout, spec in pairs]
             data[LAYOUT_KEY] = [layout.to_tensor() for layout in layouts]

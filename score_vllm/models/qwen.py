@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,20 +52,21 @@ class QwenModelMixin(CompressionModelMixin):
         if self.compressor is None:
             return super()._process_video_input(video_input)  # type: ignore[misc]
         inputs, fields = video_input
-        return self.compress_videos(fields, self._encode_videos(inputs))
+        return self.compress_videos(fields, self._encode_videos(inputs, self.ranks_by_attention(fields)))
 
-    def _encode_videos(self, inputs: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _encode_videos(
+        self, inputs: Mapping[str, Any], ranked: list[bool]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         merge_size = self.visual.spatial_merge_size
         kind = inputs["type"]
         # Pixels come as one row per patch, precomputed embeddings as one per merged token.
         rows_per_patch = 1 if kind == "pixel_values_videos" else merge_size**2
         start = 0
-        for thw in inputs["video_grid_thw"]:
+        for thw, needed in zip(inputs["video_grid_thw"], ranked, strict=True):
             stop = start + int(thw.prod()) // rows_per_patch
             one = {"type": kind, kind: inputs[kind][start:stop], "video_grid_thw": thw[None]}
-            (x,) = super()._process_video_input(one)  # type: ignore[misc]
-            saliency = None
-            if self._saliency is not None and kind == "pixel_values_videos":
-                saliency = self._saliency.take(thw.tolist(), grid_of(thw, merge_size))
-            yield x, saliency
+            listener = self._saliency if needed and kind == "pixel_values_videos" else None
+            with nullcontext() if listener is None else listener.listen():
+                (x,) = super()._process_video_input(one)  # type: ignore[misc]
+            yield x, None if listener is None else listener.take(thw.tolist(), grid_of(thw, merge_size))
             start = stop

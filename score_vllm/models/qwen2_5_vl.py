@@ -15,8 +15,17 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.layout import VideoLayout, grid_layout
+from score_vllm.models.admission import AdmissionDummyInputsMixin, FramePixelsInfoMixin
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.qwen import QwenModelMixin, grid_of
+
+
+class ScoreQwen2_5_VLProcessingInfo(FramePixelsInfoMixin, Qwen2_5_VLProcessingInfo):
+    """Counts videos by the server's own limits."""
+
+
+class ScoreQwen2_5_VLDummyInputsBuilder(AdmissionDummyInputsMixin, Qwen2_5_VLDummyInputsBuilder):
+    """Profiles with the largest video admitted."""
 
 
 class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalProcessor):
@@ -38,8 +47,8 @@ class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalPr
 
 @MULTIMODAL_REGISTRY.register_processor(
     ScoreQwen2_5_VLProcessor,
-    info=Qwen2_5_VLProcessingInfo,
-    dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
+    info=ScoreQwen2_5_VLProcessingInfo,
+    dummy_inputs=ScoreQwen2_5_VLDummyInputsBuilder,
 )
 class ScoreQwen2_5_VLForConditionalGeneration(QwenModelMixin, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL whose videos enter the language model as K rows at their original positions."""

@@ -15,8 +15,17 @@ from vllm.model_executor.models.qwen2_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.layout import VideoLayout, grid_layout
+from score_vllm.models.admission import AdmissionDummyInputsMixin, FramePixelsInfoMixin
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.qwen import QwenModelMixin, grid_of
+
+
+class ScoreQwen2VLProcessingInfo(FramePixelsInfoMixin, Qwen2VLProcessingInfo):
+    """Counts videos by the server's own limits."""
+
+
+class ScoreQwen2VLDummyInputsBuilder(AdmissionDummyInputsMixin, Qwen2VLDummyInputsBuilder):
+    """Profiles with the largest video admitted."""
 
 
 class ScoreQwen2VLProcessor(CompressionProcessorMixin, Qwen2VLMultiModalProcessor):
@@ -33,7 +42,7 @@ class ScoreQwen2VLProcessor(CompressionProcessorMixin, Qwen2VLMultiModalProcesso
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ScoreQwen2VLProcessor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder
+    ScoreQwen2VLProcessor, info=ScoreQwen2VLProcessingInfo, dummy_inputs=ScoreQwen2VLDummyInputsBuilder
 )
 class ScoreQwen2VLForConditionalGeneration(QwenModelMixin, Qwen2VLForConditionalGeneration):
     """Qwen2-VL whose videos enter the language model as K rows at their original positions."""

@@ -12,10 +12,10 @@ from vllm.model_executor.models.qwen3_5 import (
     Qwen3_5MoeProcessingInfo,
     Qwen3_5ProcessingInfo,
 )
-from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.models.qwen3_vl import (
+    ScoreQwen3VLDummyInputsBuilder,
     ScoreQwen3VLForConditionalGeneration,
     ScoreQwen3VLInfoMixin,
     ScoreQwen3VLProcessor,
@@ -31,14 +31,14 @@ class ScoreQwen3_5MoeInfo(ScoreQwen3VLInfoMixin, Qwen3_5MoeProcessingInfo):
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ScoreQwen3VLProcessor, info=ScoreQwen3_5Info, dummy_inputs=Qwen3VLDummyInputsBuilder
+    ScoreQwen3VLProcessor, info=ScoreQwen3_5Info, dummy_inputs=ScoreQwen3VLDummyInputsBuilder
 )
 class ScoreQwen3_5ForConditionalGeneration(ScoreQwen3VLForConditionalGeneration, Qwen3_5ForConditionalGeneration):
     """Dense Qwen3.5 and Qwen3.6."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ScoreQwen3VLProcessor, info=ScoreQwen3_5MoeInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+    ScoreQwen3VLProcessor, info=ScoreQwen3_5MoeInfo, dummy_inputs=ScoreQwen3VLDummyInputsBuilder
 )
 class ScoreQwen3_5MoeForConditionalGeneration(ScoreQwen3VLForConditionalGeneration, Qwen3_5MoeForConditionalGeneration):
     """Qwen3.5 and Qwen3.6 with a mixture of experts."""

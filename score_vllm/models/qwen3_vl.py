@@ -21,15 +21,17 @@ from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGene
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from score_vllm.layout import VideoLayout, interleaved_layout
-from score_vllm.models.processing import CompressionProcessorMixin, StructureInfoMixin
+from score_vllm.models.admission import AdmissionDummyInputsMixin, FramePixelsInfoMixin
+from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.qwen import QwenModelMixin, grid_of
 
 # Longer than any video that a server takes.
 _LONGEST_TIMESTAMP = 99999.9
 
 
-class ScoreQwen3VLInfoMixin(StructureInfoMixin):
-    """Counts the structure rows of a video beside its vision rows."""
+class ScoreQwen3VLInfoMixin(FramePixelsInfoMixin):
+    """Counts the structure rows of a video beside its vision rows. The processor's limit is of a whole video, the
+    server's of a frame: it holds for a video of ``--max-frames``, and shorter ones may have larger frames."""
 
     def cell_text(self, timestamp: float) -> tuple[list[int], list[int]]:
         """Token ids that stand before and after a cell."""
@@ -37,11 +39,18 @@ class ScoreQwen3VLInfoMixin(StructureInfoMixin):
         stamp = tokenizer.encode(f"<{timestamp:.1f} seconds>", add_special_tokens=False)
         return [*stamp, config.vision_start_token_id], [config.vision_end_token_id]
 
+    def frames_per_limit(self) -> int:
+        """Of a whole video, rounded up to whole cells."""
+        return self.cells() * self.get_hf_config().vision_config.temporal_patch_size  # type: ignore[attr-defined]
+
     def max_structure_tokens(self) -> int:
-        """Of a video with as many frames as the model's processor takes."""
+        """Of a video of the most cells."""
         prefix, suffix = self.cell_text(_LONGEST_TIMESTAMP)
-        processor = self.get_video_processor()  # type: ignore[attr-defined]
-        return -(-processor.max_frames // processor.temporal_patch_size) * (len(prefix) + len(suffix))
+        return self.cells() * (len(prefix) + len(suffix))
+
+
+class ScoreQwen3VLDummyInputsBuilder(AdmissionDummyInputsMixin, Qwen3VLDummyInputsBuilder):
+    """Profiles with the largest video admitted."""
 
 
 class ScoreQwen3VLInfo(ScoreQwen3VLInfoMixin, Qwen3VLProcessingInfo):
@@ -74,7 +83,7 @@ class ScoreQwen3VLProcessor(CompressionProcessorMixin, Qwen3VLMultiModalProcesso
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ScoreQwen3VLProcessor, info=ScoreQwen3VLInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+    ScoreQwen3VLProcessor, info=ScoreQwen3VLInfo, dummy_inputs=ScoreQwen3VLDummyInputsBuilder
 )
 class ScoreQwen3VLForConditionalGeneration(QwenModelMixin, Qwen3VLForConditionalGeneration):
     """Dense Qwen3-VL; Cosmos-Reason2 is the same architecture."""
@@ -90,7 +99,7 @@ class ScoreQwen3VLForConditionalGeneration(QwenModelMixin, Qwen3VLForConditional
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    ScoreQwen3VLProcessor, info=ScoreQwen3VLMoeInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+    ScoreQwen3VLProcessor, info=ScoreQwen3VLMoeInfo, dummy_inputs=ScoreQwen3VLDummyInputsBuilder
 )
 class ScoreQwen3VLMoeForConditionalGeneration(ScoreQwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration):
     """Mixture of experts."""

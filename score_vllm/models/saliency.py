@@ -6,6 +6,8 @@ and keys of one block after rotation. It is installed only where a served method
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ class AttentionSaliency:
     def __init__(self, visual: Any) -> None:
         self._visual = visual
         self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._listening = False
         self._windowed = hasattr(visual, "fullatt_block_indexes")
         last = max(visual.fullatt_block_indexes) if self._windowed else len(visual.blocks) - 1
         attention = visual.blocks[last].attn
@@ -51,8 +54,18 @@ class AttentionSaliency:
         attention.attn.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # [1, S, H, d] each; the tower runs on one video at a time.
-        self._captured = kwargs["query"][0], kwargs["key"][0]
+        if self._listening:
+            # [1, S, H, d] each; the tower runs on one video at a time.
+            self._captured = kwargs["query"][0], kwargs["key"][0]
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Run the tower on one video inside; images, and methods that rank by something else, stay outside."""
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
 
     def take(self, patch_grid: list[int], grid: VideoGrid) -> torch.Tensor:
         """Saliency of the video that the tower has just seen.

@@ -1,87 +1,124 @@
-"""How long selection takes, measured in the worker and read by the API process, without a sync or a lock.
+"""What the compressor does, counted in the worker and read by the API processes, without a sync or a lock.
 
-A worker owns one small file of float64: the histogram's bucket counts, then the sum of seconds. It is the only
-writer; the metrics page adds up the files of all workers.
+A worker owns one small file of float64: the histogram's bucket counts, the sum of seconds, and the number of videos
+with NaN scores. It is the only writer; the metrics page adds up the files of all workers.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Names the folder in which workers leave their files. Not part of the model's configuration: a path that changes with
 # every start would make vLLM compile every model anew.
 STATS_VARIABLE = "SCORE_STATS_DIR"
 # Upper bounds in seconds; one more bucket counts what is above the last.
 BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_SIZE = len(BUCKETS) + 2
+_SECONDS, _NAN = len(BUCKETS) + 1, len(BUCKETS) + 2
+_SIZE = _NAN + 1
 
 
-class CompressorTimer:
-    """Histogram of compressor seconds.
+@dataclass
+class _Video:
+    """One video under measurement.
+
+    Attributes:
+        has_nan: set by the measured code: 0-dim bool, True where its scores are NaN.
+    """
+
+    has_nan: torch.Tensor | None = None
+
+
+class CompressorStats:
+    """Seconds and NaN videos of one worker.
 
     Args:
-        directory: where the file of this process goes; None measures nothing.
+        directory: where the file of this process goes; None keeps the numbers in this process.
     """
 
     def __init__(self, directory: str | None) -> None:
-        self._cells: np.ndarray | None = None
-        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._cells = np.zeros(_SIZE)
+        self._pending: deque[tuple[_Video, torch.cuda.Event, torch.cuda.Event]] = deque()
         if directory is not None:
             path = Path(directory) / f"compressor-{os.getpid()}.f64"
             self._cells = np.memmap(path, dtype=np.float64, mode="w+", shape=(_SIZE,))
 
+    @property
+    def nan_videos(self) -> int:
+        """Videos with NaN scores since the last reset, as far as their results have arrived."""
+        return int(self._cells[_NAN])
+
     def reset(self) -> None:
         """Forget everything measured so far."""
         self._pending.clear()
-        if self._cells is not None:
-            self._cells[:] = 0
+        self._cells[:] = 0
 
-    def _record(self, seconds: float) -> None:
-        assert self._cells is not None
+    def _record(self, seconds: float, has_nan: bool) -> None:
         self._cells[int(np.searchsorted(BUCKETS, seconds))] += 1
-        self._cells[-1] += seconds
+        self._cells[_SECONDS] += seconds
+        if has_nan:
+            # Ending the engine would end every request; such a video keeps tokens by index.
+            self._cells[_NAN] += 1
+            logger.error(
+                "a video's scores are NaN: its vision features are broken, and so is its answer (%d such videos yet)",
+                self.nan_videos,
+            )
+
+    def collect(self) -> None:
+        """Take in what the GPU has finished; called in every step, costs nothing where nothing is pending."""
+        while self._pending and self._pending[0][2].query():
+            video, begun, ended = self._pending.popleft()
+            seconds = begun.elapsed_time(ended) / 1000.0
+            self._record(seconds, video.has_nan is not None and bool(video.has_nan))
 
     @contextmanager
-    def measure(self, device: torch.device) -> Iterator[None]:
-        """Time the body: wall time on the CPU; on a GPU, events that are read once they have passed."""
-        if self._cells is None:
-            yield
-            return
+    def measure(self, device: torch.device) -> Iterator[_Video]:
+        """Time the body and take the flag that it leaves in the yielded object.
+
+        On a GPU time is between two events and the flag goes to pinned memory behind them; both are read in
+        :meth:`collect`.
+        """
+        video = _Video()
         if device.type != "cuda":
             start = time.perf_counter()
-            yield
-            self._record(time.perf_counter() - start)
+            yield video
+            self._record(time.perf_counter() - start, video.has_nan is not None and bool(video.has_nan))
             return
-        while self._pending and self._pending[0][1].query():
-            begun, ended = self._pending.popleft()
-            self._record(begun.elapsed_time(ended) / 1000.0)
+        self.collect()
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begun.record()
-        yield
+        yield video
+        if video.has_nan is not None:
+            host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+            video.has_nan = host.copy_(video.has_nan, non_blocking=True)
         ended.record()
-        self._pending.append((begun, ended))
+        self._pending.append((video, begun, ended))
 
 
-def read_histogram(directory: Path) -> tuple[list[int], float]:
-    """Sum of all workers' histograms.
+def read_stats(directory: Path) -> tuple[list[int], float, int]:
+    """Sum over all workers.
 
     Args:
         directory: the one given to the workers.
 
     Returns:
-        ``(counts, seconds)``: a count per bucket (not cumulative; the last is the overflow), and the sum.
+        ``(counts, seconds, nan_videos)``: a count per bucket (not cumulative; the last is the overflow), the sum of
+        seconds, and the number of videos with NaN scores.
     """
     total = np.zeros(_SIZE)
     for path in sorted(directory.glob("compressor-*.f64")):
         cells = np.fromfile(path, dtype=np.float64)
         if cells.shape == total.shape:
             total += cells
-    return [int(count) for count in total[:-1]], float(total[-1])
+    return [int(count) for count in total[:_SECONDS]], float(total[_SECONDS]), int(total[_NAN])

@@ -11,18 +11,19 @@ class ScoreWorkerExtension:
     def score_status(self) -> dict[str, Any]:
         """The model class that this worker runs, and the digest of the policy that it holds.
 
-        Asked once, when the server is ready: the timings of the profiling run are forgotten here.
+        Asked when a server is ready: at the first time, the numbers of the profiling run are forgotten.
         """
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         compressor = getattr(model, "compressor", None)
         policy = None if compressor is None else compressor.policy
-        if compressor is not None:
-            compressor.timer.reset()
+        if compressor is not None and not getattr(self, "_score_asked", False):
+            compressor.stats.reset()
+            self._score_asked = True  # another API server may be serving already when the next one asks
         return {
             "model_class": type(model).__name__,
             "compressing": compressor is not None,
             "method": None if compressor is None else compressor.serving.method,
-            "nan_videos": 0 if compressor is None else int(compressor.nan_videos),
+            "nan_videos": 0 if compressor is None else compressor.stats.nan_videos,
             "policy_digest": "" if policy is None else policy.digest(),
         }
 

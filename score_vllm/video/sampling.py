@@ -15,6 +15,8 @@ TEMPORAL_MERGE = 2
 MIN_FRAMES = 4
 DEFAULT_FPS = 2.0
 DEFAULT_MAX_FRAMES = 128
+# Most merged tokens of a temporal cell, by which frames are made smaller before the vision tower.
+DEFAULT_CELL_TOKENS = 768
 THINNINGS = ("even", "octave")
 # Stamps are rounded to their container's ticks (1 ms in WebM): a picture this little late counts as on screen.
 _TICK = 6e-4

@@ -34,7 +34,7 @@ class Engine:
 
     llm: Any
     compressed: list[tuple[torch.Tensor, Any, int]] = field(default_factory=list)
-    saliency: list[torch.Tensor] = field(default_factory=list)
+    saliency: list[torch.Tensor | None] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
 
@@ -75,10 +75,10 @@ def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Engine]:
     inner_forward = model.language_model.model.forward
 
     def spy_compress(
-        x: torch.Tensor, layout: Any, num_retained: int, method: str, saliency: torch.Tensor, learned: Any
+        x: torch.Tensor, layout: Any, num_retained: int, method: str, saliency: torch.Tensor | None, learned: Any
     ) -> torch.Tensor:
         made.compressed.append((x.clone(), layout, num_retained))
-        made.saliency.append(saliency.clone())
+        made.saliency.append(None if saliency is None else saliency.clone())
         return compress(x, layout, num_retained, method, saliency, learned)
 
     def spy_image(image_input: Any) -> Any:

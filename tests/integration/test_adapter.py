@@ -17,9 +17,10 @@ from score_vllm import RetentionPolicy
 from score_vllm.config import FIRST_ARCHITECTURE, ServingConfig
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
-from score_vllm.models.timing import BUCKETS, CompressorTimer, read_histogram
+from score_vllm.models.timing import BUCKETS, CompressorStats, read_stats
 from score_vllm.server import endpoints
 from score_vllm.server.context import RequestContext
+from score_vllm.server.metrics import CompressorCollector
 from score_vllm.video import VideoError
 
 
@@ -112,25 +113,38 @@ def test_loader_options_are_checked(clips: dict[str, Path]) -> None:
 
 
 def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     for pid, seconds in ((1, (0.0001, 0.003)), (2, (100.0,))):
         monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
-        timer = CompressorTimer(str(tmp_path))
-        timer._record(55.0)
-        timer.reset()
+        stats = CompressorStats(str(tmp_path))
+        stats._record(55.0, has_nan=True)
+        stats.reset()
         for value in seconds:
-            timer._record(value)
-    counts, total = read_histogram(tmp_path)
+            stats._record(value, has_nan=pid == 1)
+    counts, total, nan_videos = read_stats(tmp_path)
     assert len(counts) == len(BUCKETS) + 1
     assert counts[0] == 1
     assert counts[BUCKETS.index(0.005)] == 1
     assert counts[-1] == 1
     assert sum(counts) == 3
     assert total == pytest.approx(100.0031)
-    with CompressorTimer(None).measure(torch.device("cpu")):
-        pass
-    assert sum(read_histogram(tmp_path / "nowhere")[0]) == 0
+    assert nan_videos == 2
+    assert read_stats(tmp_path / "nowhere") == ([0] * len(counts), 0.0, 0)
+
+
+def test_nan_videos_are_counted_logged_and_on_the_metrics_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    stats = CompressorStats(str(tmp_path))
+    for has_nan in (False, True, True):
+        with stats.measure(torch.device("cpu")) as video:
+            video.has_nan = torch.tensor(has_nan)
+    assert stats.nan_videos == 2
+    assert [record.args for record in caplog.records] == [(1,), (2,)]
+    samples = {s.name: s.value for family in CompressorCollector(tmp_path).collect() for s in family.samples}
+    assert samples["score_nan_videos_total"] == 2
+    assert samples["score_compressor_seconds_count"] == 3
 
 
 def test_events_without_choices_stay_as_they_are() -> None:

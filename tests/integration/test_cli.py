@@ -86,9 +86,25 @@ def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
     assert args.media_io_kwargs["image"] == {"image_mode": "RGB"}
     args, _ = configure(parser, "--model", "demo", "--video-loader", "vllm", "--max-frames", "16")
     assert args.media_io_kwargs["video"] == {"num_frames": 16, "max_frames": 16}, "vLLM's Qwen loader heeds the second"
+    assert args.hf_overrides["score"]["max_frames"] == 16
     assert args.limit_mm_per_prompt["video"] == 8
     args, _ = configure(parser, "--model", "demo", "--limit-mm-per-prompt", '{"video": 2, "image": 3}')
     assert args.limit_mm_per_prompt == {"video": 2, "image": 3}
+
+
+def test_memory_is_reserved_for_the_frames_that_are_read(parser: Any) -> None:
+    args, _ = configure(parser, "--model", "demo")
+    assert (args.hf_overrides["score"]["max_frames"], args.hf_overrides["score"]["max_pixels"]) == (128, None)
+    media = json.dumps({"video": {"num_frames": 300}})
+    args, _ = configure(parser, "--model", "demo", "--media-io-kwargs", media, "--max-pixels", "40000")
+    assert (args.hf_overrides["score"]["max_frames"], args.hf_overrides["score"]["max_pixels"]) == (300, 40000)
+    args, _ = configure(parser, "--model", "demo", "--video-loader", "vllm")
+    assert args.media_io_kwargs["video"]["max_frames"] == args.hf_overrides["score"]["max_frames"] == 128
+    for bad in (0, -1, 2.5, "all"):
+        media = json.dumps({"video": {"num_frames": bad}})
+        message = refused(parser, "--model", "demo", "--media-io-kwargs", media)
+        assert "video.num_frames must be an integer >= 1" in message
+        assert repr(bad) in message
 
 
 def test_a_model_without_policy_warns_and_names_the_trainer(parser: Any, tiny_model: Path) -> None:

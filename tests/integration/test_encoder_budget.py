@@ -89,6 +89,18 @@ def test_precomputed_embeddings_cost_nothing_more() -> None:
     assert len(schedule(EncodedTokensCacheManager(10**6), requests)) == 5
 
 
+def test_a_video_that_the_scheduler_does_not_see_gets_a_step_of_its_own() -> None:
+    """vLLM's shared-memory cache shows the scheduler no sizes."""
+    unseen = [feature(str(n), 60, 0.1) for n in range(2)]
+    for item in unseen:
+        item.data, item.modality = None, "video"
+    image = feature("image", 10, 1.0)
+    image.data, image.modality = None, "image"
+    manager = EncodedTokensCacheManager(BUDGET)
+    requests = [request(item.identifier, item) for item in (image, *unseen)]
+    assert [schedule(manager, requests) for _ in range(3)] == [["image"], ["0"], ["1"]]
+
+
 def test_space_is_charged_by_kept_tokens() -> None:
     """A cache of 12 rows holds two videos of 6 kept tokens, whatever they had before."""
     requests = [request(str(n), feature(str(n), 6 * 8, 1 / 8)) for n in range(3)]

@@ -122,10 +122,10 @@ def test_nan_features_are_counted_and_do_not_end_the_engine(
     from score_vllm.types import VideoGrid
 
     compressor = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.compressor
-    before = int(compressor.nan_videos)
+    before = compressor.stats.nan_videos
     x = torch.randn(4 * 6, 128)
     x[7] = float("nan")
     rows = type(compressor).compress(compressor, x, grid_layout(VideoGrid(4, 2, 3), 1.0), 5, method)
     assert rows.shape == (5, 128 + 9)
-    assert int(compressor.nan_videos) == before + 1
+    assert compressor.stats.nan_videos == before + 1
     assert "scores are NaN" in caplog.text

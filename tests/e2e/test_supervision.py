@@ -1,0 +1,117 @@
+"""Ends of a server: asked for at any moment, or because one of its processes died. Nothing of it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("vllm")
+from .conftest import API_KEY, Server, environment, free_port, start, stop, wait_ready
+from .test_serve import ask, chat, data_url, metrics
+
+END_SECONDS = 10.0
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    while not what():
+        assert process.poll() is None, f"the server ended with {process.returncode}"
+        time.sleep(0.05)
+
+
+def engine_of(process: subprocess.Popen[bytes]) -> psutil.Process | None:
+    for child in descendants(process):
+        with contextlib.suppress(psutil.Error):
+            if child.cmdline()[:1] and child.cmdline()[0].startswith("VLLM::EngineCore"):
+                return child
+    return None
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Of compilers' caches there may be some: they are meant to be found again."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+
+
+MOMENTS: dict[str, Callable[[subprocess.Popen[bytes], Path], bool]] = {
+    "while modules are imported": lambda process, log: len(descendants(process)) == 1,
+    "when the model is about to load": lambda process, log: "loading ..." in log.read_text(errors="replace"),
+    "when the engine's process has come up": lambda process, log: engine_of(process) is not None,
+}
+
+
+@pytest.mark.parametrize("moment", list(MOMENTS))
+def test_sigterm_while_starting_ends_everything(moment: str, cache: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    log = tmp_path / "log"
+    args = ["--model", "demo", "--host", "127.0.0.1", "--port", str(free_port())]
+    process = start(args, environment(cache, TMPDIR=str(temporary)), log)
+    try:
+        wait_for(lambda: MOMENTS[moment](process, log), process)
+        everything = descendants(process)
+        assert everything
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(END_SECONDS) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < END_SECONDS
+    finally:
+        stop(process)
+    assert not [child for child in everything if child.is_running()]
+    assert left_behind(temporary) == []
+
+
+@pytest.fixture(scope="module")
+def two_api_servers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Server]:
+    """Behind one port, with one engine; its temporary folder is ``media``."""
+    folder = tmp_path_factory.mktemp("two")
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    port = free_port()
+    args = ["--model", "demo", "--host", "127.0.0.1", "--port", str(port), "--api-server-count", "2"]
+    log = folder / "log"
+    process = start([*args, "--api-key", API_KEY], environment(cache, TMPDIR=str(temporary)), log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_ready(url, process, log)
+        yield Server(url, log, process, temporary)
+    finally:
+        stop(process)
+
+
+def test_two_api_servers_show_one_sum(two_api_servers: Server, clips: dict[str, Path]) -> None:
+    """Whichever of them answers, its page has the videos of both and the workers' histogram."""
+    before = metrics(two_api_servers)
+    assert "score_nan_videos_total" in before
+    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        chat(two_api_servers, ask(data_url(clips["plain"])), retention_ratio=ratio)
+    for _ in range(6):
+        after = metrics(two_api_servers)
+        assert after["score_videos_total"] - before.get("score_videos_total", 0) == 6
+        assert after["score_compressor_seconds_count"] - before["score_compressor_seconds_count"] == 6
+        assert after['score_retention_ratio_bucket{le="0.3"}'] == 3
+    with urllib.request.urlopen(f"{two_api_servers.url}/metrics") as page:
+        assert "vllm:request_success_total" in page.read().decode()
+
+
+def test_when_the_engine_dies_the_server_says_so_and_ends(two_api_servers: Server) -> None:
+    """Runs last: the module's server does not survive it."""
+    engine = engine_of(two_api_servers.process)
+    assert engine is not None
+    everything = descendants(two_api_servers.process)
+    engine.kill()
+    assert two_api_servers.process.wait(60) > 0
+    last = two_api_servers.text().strip().splitlines()[-1]
+    assert last == f"score-serve: error: the process EngineCore (pid {engine.pid}) died; the server has stopped"
+    assert not [process for process in everything if process.is_running()]
+    assert left_behind(two_api_servers.media) == []
