@@ -59,13 +59,21 @@ def reap(server: int) -> int | None:
     return code
 
 
-def end_all() -> None:
-    """Kill what is left. A process that starts another one meanwhile is met again."""
+def end_all(server: int) -> int | None:
+    """Kill what is left. A process that starts another one meanwhile is met again.
+
+    Returns:
+        The server's exit code, where it was among them.
+    """
+    code = None
     while left := processes_below():
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=1)
+        time.sleep(0.02)
+        if (ended := reap(server)) is not None:
+            code = ended
+    return code
 
 
 def drain_seconds(folder: Path) -> float:
@@ -92,7 +100,8 @@ def watch(server: int, folder: Path) -> int:
             dead = next(((name, p.pid) for p, name in reversed(watched.items()) if has_ended(p)), None)
             deadline = now + NOTICE_SECONDS
         elif now > deadline:
-            end_all()
+            code = end_all(server)
+            break
         signum = signal.sigtimedwait((*STOP, signal.SIGCHLD), POLL_SECONDS)
         if signum is None or signum.si_signo not in STOP:
             continue
@@ -101,19 +110,19 @@ def watch(server: int, folder: Path) -> int:
         asked = signum.si_signo
         with contextlib.suppress(psutil.NoSuchProcess):
             root.send_signal(signal.SIGTERM)
-    end_all()
+    end_all(server)
     if asked is not None:
         return 0 if code == 0 else 128 + asked
     if dead is not None:
         print(
             f"score-serve: error: the process {dead[0]} (pid {dead[1]}) died; the server has stopped", file=sys.stderr
         )
-        return code if code > 0 else 1
-    if code < 0:
+        return code if code and code > 0 else 1
+    if code is not None and code < 0:
         name = signal.Signals(-code).name
         print(f"score-serve: error: the server's process (pid {server}) was ended by {name}", file=sys.stderr)
         return 128 - code
-    return code
+    return 1 if code is None else code
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def test_the_installed_vllm_is_as_recorded(contract: Any) -> None:
     known = recorded[version].keys() & found.keys()
     moved = contract.differences({s: recorded[version][s] for s in known}, {s: found[s] for s in known})
     assert not moved, "moved in vLLM:\n" + "\n".join(moved)
-    assert len(known) > 0.9 * len(found), "much of what we use is not recorded; record again"
+    assert len(known) > 0.8 * len(found), "much of what we use is not recorded; record again"
     assert not [symbol for symbol in found.keys() - known if found[symbol] == contract.MISSING]
 
 

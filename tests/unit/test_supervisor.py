@@ -1,0 +1,110 @@
+"""The supervisor over processes that behave badly on purpose; over a real server: tests/e2e/test_supervision.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("vllm")
+
+# Becomes supervised, starts an "engine" that ignores signals, writes both process ids, and then does what it is told.
+SERVER = """
+import os, signal, subprocess, sys, time
+from score_vllm.server.cli import _become_supervised
+
+folder = _become_supervised()
+(folder / "socket").touch()
+engine = subprocess.Popen(
+    ["VLLM::EngineCore", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"],
+    executable=sys.executable,
+)
+print(os.getpid(), engine.pid, folder, flush=True)
+"""
+IGNORES = "signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+FOLLOWS = "engine.wait(); print('the engine is gone', flush=True)"
+GRACEFUL = "signal.signal(15, lambda *_: (engine.kill(), sys.exit(0))); time.sleep(600)"
+
+
+class Supervised:
+    """A server that does ``then``, under the supervisor."""
+
+    def __init__(self, then: str, tmp_path: Path) -> None:
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER + then],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        server, engine, folder = self.process.stdout.readline().split()
+        self.server, self.engine, self.folder = psutil.Process(int(server)), psutil.Process(int(engine)), Path(folder)
+
+    def end(self, seconds: float) -> tuple[int, list[str]]:
+        """Exit code and last lines; nothing may be left."""
+        out, _ = self.process.communicate(timeout=seconds)
+        assert not self.server.is_running()
+        assert not self.engine.is_running()
+        assert not self.folder.exists()
+        return self.process.returncode, out.splitlines()
+
+
+def test_sigterm_ends_what_does_not_listen(tmp_path: Path) -> None:
+    run = Supervised(IGNORES, tmp_path)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(10)[0] == 128 + signal.SIGTERM
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    run = Supervised(IGNORES, tmp_path)
+    (run.folder / "drain").write_text("300")
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.process.poll() is None, "running requests have 300 seconds"
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(5)[0] == 128 + signal.SIGINT
+
+
+def test_a_graceful_end_is_no_error(tmp_path: Path) -> None:
+    run = Supervised(GRACEFUL, tmp_path)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(10) == (0, [])
+
+
+def test_the_end_of_the_engine_is_named_and_no_success(tmp_path: Path) -> None:
+    """vLLM's server leaves with 0 when its engine has died."""
+    run = Supervised(FOLLOWS, tmp_path)
+    time.sleep(3)  # the supervisor looks for new processes every two seconds
+    run.engine.kill()
+    code, lines = run.end(10)
+    assert code == 1
+    assert lines == [
+        "the engine is gone",
+        f"score-serve: error: the process EngineCore (pid {run.engine.pid}) died; the server has stopped",
+    ]
+
+
+def test_the_end_of_the_server_takes_its_engine_along(tmp_path: Path) -> None:
+    run = Supervised(IGNORES, tmp_path)
+    run.server.kill()
+    code, lines = run.end(10)
+    assert code == 128 + signal.SIGKILL
+    assert lines == [f"score-serve: error: the server's process (pid {run.server.pid}) was ended by SIGKILL"]
+
+
+def test_its_own_exit_code_goes_through(tmp_path: Path) -> None:
+    run = Supervised("engine.kill(); sys.exit(3)", tmp_path)
+    assert run.end(10)[0] == 3
+
+
+def test_without_its_supervisor_the_server_ends(tmp_path: Path) -> None:
+    run = Supervised(GRACEFUL, tmp_path)
+    run.process.kill()
+    psutil.wait_procs([run.server, run.engine], timeout=10)
+    assert not run.server.is_running()
+    assert not run.engine.is_running()
