@@ -55,3 +55,10 @@ def check_counts(answer: Any, ratio: float, method: str = "score") -> dict[str, 
     assert video["original_tokens"] == t * h * w
     assert video["retained_tokens"] == num_retained_tokens(t * h * w, ratio)
     return video
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Our lines of the metrics page."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("score_"))}

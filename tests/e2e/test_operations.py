@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from tests.conftest import moving_square, write_clip
 
 from .conftest import API_KEY, Server
-from .test_serve import ask, chat, check_counts, data_url, metrics, post
+from .requests_of import ask, chat, check_counts, data_url, metrics, post
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ openai = pytest.importorskip("openai")
 from benchmarks.serving.process import free_port  # noqa: E402
 
 from .conftest import API_KEY, ROOT, Server  # noqa: E402
-from .requests_of import ask, chat, check_counts, data_url, post  # noqa: E402
+from .requests_of import ask, chat, check_counts, data_url, metrics, post  # noqa: E402
 
 RATIOS = (1.0, 0.25, 0.1)
 SHARED_VIDEOS = (
@@ -310,12 +310,6 @@ def test_openapi_types_the_field(server: Server) -> None:
     assert number == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
     assert array["items"] == number
     assert "messages" in fields
-
-
-def metrics(server: Server) -> dict[str, float]:
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("score_"))}
 
 
 def test_metrics_count_what_happened(server: Server, fresh_clip: Path) -> None:

@@ -14,10 +14,17 @@ import psutil
 import pytest
 
 pytest.importorskip("vllm")
-from .conftest import API_KEY, Server, environment, free_port, start, stop, wait_ready
-from .test_serve import ask, chat, data_url, metrics
+from benchmarks.serving.process import free_port, stop, wait_ready
+
+from .conftest import API_KEY, SCORE_SERVE, Server, environment
+from .requests_of import ask, chat, data_url, metrics
 
 END_SECONDS = 10.0
+
+
+def start(args: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as sink:
+        return subprocess.Popen([str(SCORE_SERVE), *args], env=env, stdout=sink, stderr=subprocess.STDOUT)
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -83,7 +90,7 @@ def two_api_servers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> It
     process = start([*args, "--api-key", API_KEY], environment(cache, TMPDIR=str(temporary)), log)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_ready(url, process, log)
+        wait_ready(url, process, log, seconds=400)
         yield Server(url, log, process, temporary)
     finally:
         stop(process)
