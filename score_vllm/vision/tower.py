@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from score_vllm.types import VideoGrid
+from score_vllm.video import Resize
 from score_vllm.vision.saliency import TowerSaliency
 
 
@@ -43,6 +44,8 @@ class VisionTower:
         self.processor: Any = AutoProcessor.from_pretrained(model).video_processor
         whole = loaded or Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype)
         self.tower: Any = whole.model.visual.eval().to(device)
+        # For decode_video: frames of the size that the processor would make of them.
+        self.resize = Resize.for_processor(self.processor)
         self.hidden_size: int = config.get_text_config().hidden_size
         self._device = device
         self._dtype = dtype
@@ -86,6 +89,8 @@ class VisionTower:
     def _encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
             raise ValueError(f"frames must be non-empty [F, H, W, 3] uint8, got {frames.shape} {frames.dtype}")
+        if self.resize is not None:
+            self.resize.size(*frames.shape[:3])  # a shape that the processor refuses, in one sentence
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
         inputs = self.processor([video], return_tensors="pt")
         thw = inputs["video_grid_thw"]

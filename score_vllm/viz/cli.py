@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from score_vllm import RetentionPolicy, methods, select_tokens
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
 from score_vllm.types import TokenSelection
-from score_vllm.video import VideoError, decode_video
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES
+from score_vllm.video import DecoderUnavailableError, VideoError
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, THINNINGS
+from score_vllm.video.sandbox import decode_video_isolated
 from score_vllm.viz.paint import THEMES
 
 
@@ -29,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default=None, metavar="DIR", help="retention policy for the method score")
     parser.add_argument("--fps", type=float, default=DEFAULT_FPS, help="frames per second read")
     parser.add_argument("--max-frames", type=int, default=DEFAULT_MAX_FRAMES, help="most frames read")
+    parser.add_argument("--start", type=float, default=None, metavar="SECONDS", help="read from here on")
+    parser.add_argument("--end", type=float, default=None, metavar="SECONDS", help="read up to here")
+    parser.add_argument("--thinning", choices=THINNINGS, default="even", help="of what is above --max-frames")
     parser.add_argument("--theme", choices=sorted(THEMES), default="dark", help="colours (default: dark)")
     parser.add_argument("--cell-width", type=int, default=224, metavar="PIXELS", help="of a PNG's cells (default: 224)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="out.png or out.mp4")
@@ -55,11 +60,21 @@ def run(args: argparse.Namespace) -> Path:
         raise UsageError(f"--max-frames must be >= 1 and --fps > 0, got {args.max_frames} and {args.fps}")
     if args.cell_width < 16:
         raise UsageError(f"--cell-width must be >= 16, got {args.cell_width}")
+    _check_output(args.output)
     try:
         data = args.video.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the video {str(args.video)!r}: {error.strerror}") from error
-    video = decode_video(data, fps=args.fps, max_frames=args.max_frames)
+    video = decode_video_isolated(
+        data,
+        fps=args.fps,
+        max_frames=args.max_frames,
+        start=args.start,
+        end=args.end,
+        thinning=args.thinning,
+    )
+    for warning in video.warnings:
+        print(f"score-viz: warning: {warning}", file=sys.stderr)
 
     from score_vllm.vision.tower import VisionTower
     from score_vllm.viz.draw import draw
@@ -89,7 +104,25 @@ def run(args: argparse.Namespace) -> Path:
         selections[name] = select_tokens(x, ratio, name, policy if name == "score" else None, saliency)
     # Two frames share a temporal cell, and the last one may stand alone: one picture per cell at least.
     theme = THEMES[args.theme]
-    return draw(args.output, video.frames, grid, selections, cell_width=args.cell_width, theme=theme)
+    return draw(args.output, video.frames, grid, selections, times=video.times, cell_width=args.cell_width, theme=theme)
+
+
+def _check_output(path: Path) -> None:
+    """Before any work: whether the picture can be written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path.is_dir():
+        raise UsageError(f"--output {str(path)!r} is a folder; name a file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"--output {str(path)!r}: the folder {str(folder)!r} does not exist")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,5 +130,5 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         print(f"score-viz: written: {run(args)}")
-    except (UsageError, VideoError) as error:
+    except (UsageError, VideoError, DecoderUnavailableError) as error:
         sys.exit(f"score-viz: error: {error}")

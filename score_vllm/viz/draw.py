@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +15,10 @@ import numpy as np
 
 from score_vllm.types import TokenSelection, VideoGrid
 from score_vllm.viz.paint import DARK, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, Theme, picture, strip, text
+
+# Shape of the places that pictures are drawn in, whatever the video's.
+MOST_HEIGHT = 2
+LEAST_HEIGHT = 8
 
 
 def kept_masks(grid: VideoGrid, selection: TokenSelection) -> np.ndarray:
@@ -40,11 +44,18 @@ def kept_masks(grid: VideoGrid, selection: TokenSelection) -> np.ndarray:
     return mask.reshape(grid.t, grid.h, grid.w)
 
 
-def _check(frames: np.ndarray, grid: VideoGrid, selections: Mapping[str, TokenSelection]) -> dict[str, np.ndarray]:
+def _check(
+    frames: np.ndarray,
+    grid: VideoGrid,
+    selections: Mapping[str, TokenSelection],
+    times: Sequence[float] | np.ndarray | None,
+) -> dict[str, np.ndarray]:
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise ValueError(f"frames must be non-empty [F, H, W, 3] uint8, got {frames.shape} {frames.dtype}")
     if frames.shape[0] < grid.t:
         raise ValueError(f"frames must be at least as many as the grid's T={grid.t}, got {frames.shape[0]}")
+    if times is not None and len(times) != len(frames):
+        raise ValueError(f"times must be as many as the {len(frames)} frames, got {len(times)}")
     if not selections:
         raise ValueError("selections must name at least one selection, got none")
     return {label: kept_masks(grid, selection) for label, selection in selections.items()}
@@ -55,11 +66,19 @@ def _caption(label: str, mask: np.ndarray) -> str:
     return f"{label}   {100 * kept / mask.size:.1f} %   {kept} of {mask.size} tokens"
 
 
+def _fit(width: int, frames: np.ndarray) -> tuple[int, int]:
+    """``(width, height)`` of a picture in a place ``width`` wide: at most twice as high, at least 8 pixels."""
+    height, actual = frames.shape[1:3]
+    scale = min(width / actual, MOST_HEIGHT * width / height)
+    return max(1, round(actual * scale)), max(LEAST_HEIGHT, round(height * scale))
+
+
 def contact_sheet(
     frames: np.ndarray,
     grid: VideoGrid,
     selections: Mapping[str, TokenSelection],
     *,
+    times: Sequence[float] | np.ndarray | None = None,
     max_cells: int = 8,
     cell_width: int = 224,
     theme: Theme = DARK,
@@ -70,6 +89,7 @@ def contact_sheet(
         frames: [F, H, W, 3] uint8, F >= T; a cell is shown by the first of its frames.
         grid: T, h, w of the video's tokens.
         selections: label -> selection, drawn in this order.
+        times: [F] seconds of the frames, written under the cells; None: nothing is written.
         max_cells: evenly spaced cells to show, at least 1.
         cell_width: width of each in pixels, at least 16.
         theme: colours.
@@ -82,31 +102,34 @@ def contact_sheet(
     """
     from PIL import Image
 
-    masks = _check(frames, grid, selections)
+    masks = _check(frames, grid, selections, times)
     if max_cells < 1 or cell_width < 16:
         raise ValueError(f"max_cells must be >= 1 and cell_width >= 16, got {max_cells} and {cell_width}")
     number = min(max_cells, grid.t)
     # First and last included: steps that divide T would show only one frame of each of DyCoke's groups.
     cells = [round(i * (grid.t - 1) / max(1, number - 1)) for i in range(number)]
-    size = (cell_width, max(1, round(cell_width * frames.shape[1] / frames.shape[2])))
-    inner = number * size[0] + (number - 1) * GAP
+    firsts = [-(-t * len(frames) // grid.t) for t in cells]
+    size = _fit(cell_width, frames)
+    inner = number * cell_width + (number - 1) * GAP
     row = LABEL_HEIGHT + size[1] + GAP + STRIP_HEIGHT + 2 * GAP
-    canvas = Image.new(
-        "RGB", (inner + 2 * MARGIN, 2 * MARGIN + LABEL_HEIGHT + size[1] + 2 * GAP + len(masks) * row), theme.background
-    )
+    head = LABEL_HEIGHT + size[1] + 2 * GAP + (0 if times is None else LABEL_HEIGHT)
+    canvas = Image.new("RGB", (inner + 2 * MARGIN, 2 * MARGIN + head + len(masks) * row), theme.background)
 
     def paint(y: int, caption: str, kept: np.ndarray | None) -> int:
         text(canvas, (MARGIN, y), caption, inner, theme.text)
         for i, t in enumerate(cells):
-            frame = frames[-(-t * len(frames) // grid.t)]
-            shot = picture(frame, size, None if kept is None else kept[t], theme)
-            canvas.paste(shot, (MARGIN + i * (size[0] + GAP), y + LABEL_HEIGHT))
+            shot = picture(frames[firsts[i]], size, None if kept is None else kept[t], theme)
+            canvas.paste(shot, (MARGIN + i * (cell_width + GAP) + (cell_width - size[0]) // 2, y + LABEL_HEIGHT))
         return y + LABEL_HEIGHT + size[1] + GAP
 
     top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
     shown = ", ".join(str(t) for t in cells)
     title = f"video   {grid.t} x {grid.h} x {grid.w} tokens   cells {shown}   strips: kept tokens per cell, 0 to {top}"
     y = paint(MARGIN, title, None) + GAP
+    if times is not None:
+        for i, first in enumerate(firsts):
+            text(canvas, (MARGIN + i * (cell_width + GAP), y - GAP), f"{times[first]:.2f} s", cell_width, theme.text)
+        y += LABEL_HEIGHT
     for label, mask in masks.items():
         y = paint(y, _caption(label, mask), mask)
         strip(canvas, (MARGIN, y, MARGIN + inner, y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, cells, theme)
@@ -119,6 +142,7 @@ def moving_frames(
     grid: VideoGrid,
     selections: Mapping[str, TokenSelection],
     *,
+    times: Sequence[float] | np.ndarray | None = None,
     panel_width: int = 480,
     columns: int | None = None,
     theme: Theme = DARK,
@@ -129,6 +153,7 @@ def moving_frames(
         frames: [F, H, W, 3] uint8, F >= T; frame f belongs to cell ``f * T // F``.
         grid: T, h, w of the video's tokens.
         selections: label -> selection, drawn in this order.
+        times: [F] seconds of the frames, written beside each method's numbers; None: nothing is written.
         panel_width: width of a method's panel in pixels, at least 16.
         columns: panels beside each other before the next line, at least 1; None: up to three, four as 2 x 2.
         theme: colours.
@@ -141,15 +166,15 @@ def moving_frames(
     """
     from PIL import Image
 
-    masks = _check(frames, grid, selections)
+    masks = _check(frames, grid, selections, times)
     if columns is None:
         columns = len(masks) if len(masks) < 4 else 2 if len(masks) == 4 else 3
     if panel_width < 16 or columns < 1:
         raise ValueError(f"panel_width must be >= 16 and columns >= 1, got {panel_width} and {columns}")
-    size = (panel_width, max(1, round(panel_width * frames.shape[1] / frames.shape[2])))
+    size = _fit(panel_width, frames)
     columns = min(columns, len(masks))
     panel = LABEL_HEIGHT + size[1] + GAP + STRIP_HEIGHT + 2 * GAP
-    width = 2 * MARGIN + columns * size[0] + (columns - 1) * MARGIN
+    width = 2 * MARGIN + columns * panel_width + (columns - 1) * MARGIN
     height = 2 * MARGIN + -(-len(masks) // columns) * panel
     empty = Image.new("RGB", (width + width % 2, height + height % 2), theme.background)
     top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
@@ -157,12 +182,14 @@ def moving_frames(
         t = f * grid.t // len(frames)
         canvas = empty.copy()
         for i, (label, mask) in enumerate(masks.items()):
-            x = MARGIN + i % columns * (size[0] + MARGIN)
+            x = MARGIN + i % columns * (panel_width + MARGIN)
             y = MARGIN + i // columns * panel
-            text(canvas, (x, y), _caption(label, mask), size[0], theme.text)
-            canvas.paste(picture(frame, size, mask[t], theme), (x, y + LABEL_HEIGHT))
+            caption = _caption(label, mask) if times is None else f"{_caption(label, mask)}   {times[f]:.2f} s"
+            text(canvas, (x, y), caption, panel_width, theme.text)
+            shot = picture(frame, size, mask[t], theme)
+            canvas.paste(shot, (x + (panel_width - size[0]) // 2, y + LABEL_HEIGHT))
             y += LABEL_HEIGHT + size[1] + GAP
-            strip(canvas, (x, y, x + size[0], y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, [t], theme)
+            strip(canvas, (x, y, x + panel_width, y + STRIP_HEIGHT), mask.sum(axis=(1, 2)), top, [t], theme)
         yield np.asarray(canvas)
 
 
@@ -202,6 +229,7 @@ def draw(
     grid: VideoGrid,
     selections: Mapping[str, TokenSelection],
     *,
+    times: Sequence[float] | np.ndarray | None = None,
     fps: float = 8.0,
     cell_width: int = 224,
     theme: Theme = DARK,
@@ -213,6 +241,7 @@ def draw(
         frames: [F, H, W, 3] uint8, F >= T.
         grid: T, h, w of the video's tokens.
         selections: label -> selection; drawn side by side.
+        times: [F] seconds of the frames, written into the picture; None: nothing is written.
         fps: frames per second of an MP4, in (0, 1000].
         cell_width: pixels per cell of a PNG, at least 16.
         theme: colours.
@@ -229,14 +258,16 @@ def draw(
         raise ValueError(f"path must end in .png or .mp4, got {str(path)!r}")
     if not 0 < fps <= 1000:
         raise ValueError(f"fps must be in (0, 1000], got {fps!r}")
-    _check(frames, grid, selections)
+    _check(frames, grid, selections, times)
     if path.suffix.lower() == ".mp4":
         _write_atomically(
-            path, lambda part: _write_mp4(part, moving_frames(frames, grid, selections, theme=theme), fps)
+            path, lambda part: _write_mp4(part, moving_frames(frames, grid, selections, times=times, theme=theme), fps)
         )
     else:
         from PIL import Image
 
-        sheet = Image.fromarray(contact_sheet(frames, grid, selections, cell_width=cell_width, theme=theme))
+        sheet = Image.fromarray(
+            contact_sheet(frames, grid, selections, times=times, cell_width=cell_width, theme=theme)
+        )
         _write_atomically(path, lambda part: sheet.save(part, format="PNG"))
     return path

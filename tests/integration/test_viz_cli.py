@@ -10,6 +10,7 @@ from PIL import Image
 
 from score_vllm import RetentionPolicy
 from score_vllm.viz import cli as viz_cli
+from tests.conftest import moving_square, write_clip
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,11 @@ def test_moving_picture(clips: dict[str, Path], tmp_path: Path) -> None:
         (["{plain}", "--retention", "2", "-o", "x.png"], r"--retention must be a number in \(0, 1\]"),
         (["{plain}", "-o", "x.gif"], "must end in .png or .mp4"),
         (["{plain}", "-o", "x.png", "--cell-width", "4"], "--cell-width must be >= 16, got 4"),
+        (["{plain}", "-o", "/nowhere/x.png"], "--output '/nowhere/x.png': the folder '/nowhere' does not exist"),
+        (["{plain}", "-o", "/proc/x.png"], "--output '/proc/x.png' cannot be written"),
+        (["{plain}", "-o", "x.png", "--start", "60"], r"start must be in \[0, 6\.000\)"),
+        (["{plain}", "-o", "x.png", "--start", "3", "--end", "2"], "end must be above start = 3"),
+        (["{long}", "-o", "x.png"], "6000x16: the longer side may be at most 200 times the other"),
         (["{plain}", "--fps", "0", "-o", "x.png"], "--fps > 0"),
         (["{plain}", "--policy", "/nowhere", "-o", "x.png"], "--policy: policy directory '/nowhere' does not exist"),
         (["{plain}", "--model", "/nowhere", "-o", "x.png"], "--model '/nowhere' is no directory"),
@@ -54,12 +60,36 @@ def test_moving_picture(clips: dict[str, Path], tmp_path: Path) -> None:
         (["/nowhere.mp4", "-o", "x.png"], "cannot read the video"),
     ],
 )
-def test_mistakes_are_one_sentence(argv: list[str], message: str, clips: dict[str, Path]) -> None:
+def test_mistakes_are_one_sentence(
+    argv: list[str], message: str, clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     plain = clips["plain"]
-    argv = [part.format(plain=plain, audio=clips["audio"], folder=plain.parent) for part in argv]
+    if "{long}" in argv:
+        write_clip(tmp_path / "long.avi", moving_square(4, 16, 6000), codec="mjpeg")
+    names = {"plain": plain, "audio": clips["audio"], "folder": plain.parent, "long": tmp_path / "long.avi"}
+    argv = [part.format(**names) for part in argv]
     with pytest.raises(SystemExit, match=message) as caught:
         viz_cli.main(argv)
     assert str(caught.value).startswith("score-viz: error: ")
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 3000), (3000, 16)])
+@pytest.mark.parametrize("suffix", [".png", ".mp4"])
+def test_extreme_shapes_are_drawn(height: int, width: int, suffix: str, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.avi", moving_square(8, height, width), codec="mjpeg")
+    viz_cli.main([str(clip), "--method", "uniform", "-o", str(tmp_path / f"out{suffix}")])
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        frame = next(container.decode(video=0))
+    assert frame.height < 1200
+    assert frame.width < 2500
+
+
+def test_a_window_of_seconds(clips: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    viz_cli.main([str(clips["plain"]), "--method", "uniform", "--start", "2", "--end", "5", "-o", str(out)])
+    with av.open(str(out)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 6
 
 
 def test_policy_of_another_size(clips: dict[str, Path], tmp_path: Path) -> None:

@@ -100,6 +100,24 @@ def test_the_sheet_has_a_row_per_method_and_marks_the_cells_shown() -> None:
     assert marked.any(1).all()
 
 
+def test_seconds_stand_under_the_cells() -> None:
+    plain = viz.contact_sheet(clip(), GRID, {"a": keep([8])}, cell_width=96)
+    times = np.arange(FRAMES) / 2 + 100
+    timed = viz.contact_sheet(clip(), GRID, {"a": keep([8])}, cell_width=96, times=times)
+    assert timed.shape == (plain.shape[0] + LABEL_HEIGHT, *plain.shape[1:])
+    other = viz.contact_sheet(clip(), GRID, {"a": keep([8])}, cell_width=96, times=times + 1)
+    rows = (timed != other).any((1, 2)).nonzero()[0]
+    under = MARGIN + LABEL_HEIGHT + HEIGHT + GAP
+    assert under <= rows.min()
+    assert rows.max() < under + LABEL_HEIGHT, "the words alone"
+    first, second = (
+        next(viz.moving_frames(clip(), GRID, {"a": keep([8])}, times=t, panel_width=480)) for t in (times, times + 1)
+    )
+    assert (first != second).any()
+    with pytest.raises(ValueError, match="times must be as many as the 10 frames, got 3"):
+        viz.contact_sheet(clip(), GRID, {"a": keep([8])}, times=[0.0, 1.0, 2.0])
+
+
 def test_moving_frames_follow_the_cells_and_have_even_sides() -> None:
     grid = VideoGrid(2, 4, 6)
     pictures = list(viz.moving_frames(clip(4), grid, {"a": keep([7], grid)}, panel_width=97))
