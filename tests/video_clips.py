@@ -389,6 +389,8 @@ def faults(frames: np.ndarray, times: Sequence[float], truth: Truth, size_matter
     found = []
     if len(frames) != len(times):
         return [f"{len(frames)} frames, {len(times)} times"]
+    if not len(frames):
+        return ["no frame"]
     wrong = [
         f"{time:.3f} s shows {number_of(upright(frame, truth))}, not {sorted(truth.shown(time))}"
         for frame, time in zip(frames, times, strict=True)

@@ -17,7 +17,7 @@ import signal
 import socket
 from typing import Any
 
-from score_vllm.video.container import DecodeLimits, DecoderBusyError, VideoDeadlineError, VideoError, VideoWindowError
+from score_vllm.video.container import DecodeLimits, VideoDeadlineError, VideoError, VideoWindowError
 from score_vllm.video.decode import decode_video
 from score_vllm.video.picture import Resize
 
@@ -74,8 +74,7 @@ def _decode(connection: socket.socket, source: int, target: int) -> None:
 
     def allocate(needed: int) -> mmap.mmap:
         send(connection, {"need": needed})
-        if not receive(connection)["granted"]:
-            raise DecoderBusyError("not granted")
+        receive(connection)  # granted, or the end
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (soft + needed, hard))
         os.posix_fallocate(target, 0, needed)  # an error now instead of a signal while the frames are written
@@ -99,8 +98,6 @@ def _decode(connection: socket.socket, source: int, target: int) -> None:
         out = isinstance(error.__cause__, MemoryError)
         text = f"decoding the video needs more than max_memory = {limits.max_memory} bytes" if out else str(error)
         send(connection, {"error": text})
-    except DecoderBusyError:
-        return
     except OSError as error:
         send(connection, {"unavailable": f"{type(error).__name__}: {error}"})
 
