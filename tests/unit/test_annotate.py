@@ -165,6 +165,17 @@ def test_without_options_nothing_special_is_sent(endpoint: Endpoint, dataset: Pa
     assert endpoint.keys == {None}
 
 
+def test_a_fault_of_the_program_keeps_its_traceback(
+    endpoint: Endpoint, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("on purpose")
+
+    monkeypatch.setattr("score_vllm.train.annotate.run.write_results", broken)
+    with pytest.raises(ValueError, match="on purpose"):
+        cli.main(arguments(endpoint, dataset))
+
+
 def test_passing_troubles_are_tried_again(endpoint: Endpoint, dataset: Path) -> None:
     troubles = {"n0": (503, {"error": {"message": "busy"}}, {}), "n1": (429, {}, {"Retry-After": "0"}), "n2": None}
 

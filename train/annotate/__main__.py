@@ -12,11 +12,16 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from score_vllm.train.annotate.filters import REASONS, CaptionFilter
 from score_vllm.train.data.config import KINDS, FileConfig, SourceConfig, source_config
 from score_vllm.train.schema import parse_override
+
+if TYPE_CHECKING:
+    from score_vllm.train.annotate.log import AnnotationLog
+    from score_vllm.train.annotate.run import Items
+    from score_vllm.train.annotate.teacher import TeacherConfig
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -90,19 +95,15 @@ def _source(args: argparse.Namespace) -> SourceConfig:
     return source_config("dataset", kind=args.kind, **raw)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Everything after parsing.
-
-    Returns:
-        The exit code.
+def open_all(args: argparse.Namespace) -> tuple[Items, CaptionFilter, TeacherConfig, AnnotationLog]:
+    """Data, filters, endpoint and log from the options.
 
     Raises:
         LogError, OSError, ValueError: wrong usage; the message is a sentence.
-        TeacherError: the endpoint gave up; the log keeps what was answered.
     """
     from score_vllm.train.annotate.log import AnnotationLog
-    from score_vllm.train.annotate.run import FileItems, Items, MadeItems, annotate, write_results
-    from score_vllm.train.annotate.teacher import Teacher, TeacherConfig
+    from score_vllm.train.annotate.run import FileItems, MadeItems
+    from score_vllm.train.annotate.teacher import TeacherConfig
     from score_vllm.train.data.records import RecordSource
     from score_vllm.train.data.sources import open_source
 
@@ -152,7 +153,23 @@ def run(args: argparse.Namespace) -> int:
         "retention_ratio": args.retention_ratio,
         "filter": dataclasses.asdict(judge),
     }
-    log = AnnotationLog(args.output.with_suffix(".log.jsonl"), settings)
+    return items, judge, endpoint, AnnotationLog(args.output.with_suffix(".log.jsonl"), settings)
+
+
+def run(
+    args: argparse.Namespace, items: Items, judge: CaptionFilter, endpoint: TeacherConfig, log: AnnotationLog
+) -> int:
+    """Ask, and write what was answered.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        TeacherError: the endpoint gave up; the log keeps what was answered.
+    """
+    from score_vllm.train.annotate.run import annotate, write_results
+    from score_vllm.train.annotate.teacher import Teacher
+
     failures = args.output.with_suffix(".failures.jsonl")
 
     async def ask() -> None:
@@ -182,16 +199,18 @@ def main(argv: list[str] | None = None) -> None:
     from score_vllm.train.annotate.teacher import TeacherError
 
     try:
-        code = run(args)
+        opened = open_all(args)
+    except (LogError, OSError, ValueError) as error:
+        print(f"annotate: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    try:
+        code = run(args, *opened)
     except TeacherError as error:
         print(f"annotate: stopped: {error}\nannotate: run the same command again to go on", file=sys.stderr)
         code = EXIT_STOPPED
     except KeyboardInterrupt:
         print("annotate: interrupted; run the same command again to go on", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except (LogError, OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"annotate: error: {error}", file=sys.stderr)
-        code = EXIT_USAGE
     sys.exit(code)
 
 
