@@ -15,7 +15,8 @@ from score_vllm.train.data.sample import BrokenSampleError, SampleSource
 from score_vllm.train.data.sources import mixed
 from score_vllm.train.data.targets import Targets, look_at, require_descriptions
 from score_vllm.train.frozen.model import FrozenVLM
-from score_vllm.train.own_clips import find_clips, prepare, report
+from score_vllm.train.own_clips import ClipDescriber, find_clips, prepare
+from score_vllm.train.own_report import estimate, report
 from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
@@ -82,10 +83,13 @@ def run(options: argparse.Namespace) -> int:
             print("         the model describes them when training starts; the sources are empty until then")
             return 0
     elif settings.clips:
-        find_clips(settings.clips)
+        paths = find_clips(settings.clips)
         accelerator = make_accelerator(settings)
         engine = make_engine(settings, accelerator)
-        held_out = prepare(settings, engine, accelerator)
+        describer = ClipDescriber(settings, engine, accelerator.process_index, accelerator.num_processes)
+        if accelerator.is_main_process:
+            print("\n".join(estimate(settings, describer, paths, accelerator.num_processes)), flush=True)
+        held_out = prepare(settings, describer, paths, accelerator)
     opened = {stage.name: open_sources(stage, temporal_merge(config)) for stage in stages}
     targets = look_at_targets(settings, opened)
     if options.check:

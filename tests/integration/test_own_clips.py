@@ -93,7 +93,7 @@ def test_a_folder_of_clips_becomes_a_policy(
     assert Image.open(picture).width > 400
     # Nothing is described twice: a run that goes on only reads what is known.
     monkeypatch.setattr(own_clips.ClipDescriber, "_ask", None)
-    monkeypatch.setattr(own_clips, "estimate", lambda *_: [])
+    monkeypatch.setattr("score_vllm.train.__main__.estimate", lambda *_: [])
     assert run(folder, output, *extra) == 2, "another run is not overwritten"
     assert "--resume" in capsys.readouterr().err
     assert run(folder, output, *extra, "stage.main.steps=3", flags=["--resume"]) == 0

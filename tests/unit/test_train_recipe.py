@@ -31,11 +31,11 @@ DIRECTION = torch.randn(WIDTH, generator=torch.Generator().manual_seed(99))
 
 
 def tokens_of(key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(x, important)``: three of ten tokens are important, and lean into one direction by 5 standard deviations."""
+    """``(x, important)``: three of ten tokens are important, and lean into one direction by 4 standard deviations."""
     generator = torch.Generator().manual_seed(int(key))
     important = torch.rand(GRID.num_tokens, generator=generator) < 0.3
     x = torch.randn(GRID.num_tokens, WIDTH, generator=generator)
-    x += 0.08 * DIRECTION * torch.where(important, 1.0, -1.0)[:, None]
+    x += 0.07 * DIRECTION * torch.where(important, 1.0, -1.0)[:, None]
     return x.view(GRID.t, GRID.tokens_per_frame, WIDTH), important
 
 
