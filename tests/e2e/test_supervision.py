@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -24,7 +25,9 @@ END_SECONDS = 10.0
 
 def start(args: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as sink:
-        return subprocess.Popen([str(SCORE_SERVE), *args], env=env, stdout=sink, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [str(SCORE_SERVE), *args], env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -57,8 +60,12 @@ MOMENTS: dict[str, Callable[[subprocess.Popen[bytes], Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("moment", list(MOMENTS))
-def test_sigterm_while_starting_ends_everything(moment: str, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moment", "send"), zip(MOMENTS, (os.kill, os.killpg, os.kill), strict=True), ids=("modules", "group", "engine")
+)
+def test_sigterm_while_starting_ends_everything(
+    moment: str, send: Callable[[int, int], None], cache: Path, tmp_path: Path
+) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     log = tmp_path / "log"
@@ -69,7 +76,7 @@ def test_sigterm_while_starting_ends_everything(moment: str, cache: Path, tmp_pa
         everything = descendants(process)
         assert everything
         began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        send(process.pid, signal.SIGTERM)
         assert process.wait(END_SECONDS) == 128 + signal.SIGTERM
         assert time.monotonic() - began < END_SECONDS
     finally:
