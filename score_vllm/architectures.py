@@ -35,6 +35,7 @@ def _sizes(prefix: str, hub: str, suffix: str, *sizes: str) -> dict[str, str]:
 
 
 _MODELS = "score_vllm.models"
+_TINY = "tiny random weights against transformers"
 
 SUPPORTED = (
     Architecture(
@@ -46,9 +47,61 @@ SUPPORTED = (
         policy="the demo model's; else `vidcom2` selects",
         checked="the demo model, and tiny random weights against transformers",
     ),
+    Architecture(
+        "Qwen2VLForConditionalGeneration",
+        f"{_MODELS}.qwen2_vl:ScoreQwen2VLForConditionalGeneration",
+        _sizes("Qwen2-VL", "Qwen/Qwen2-VL", "-Instruct", "2B", "7B", "72B"),
+        checked=_TINY,
+    ),
+    Architecture(
+        "Qwen3VLForConditionalGeneration",
+        f"{_MODELS}.qwen3_vl:ScoreQwen3VLForConditionalGeneration",
+        _sizes("Qwen3-VL", "Qwen/Qwen3-VL", "-Instruct", "2B", "4B", "8B", "32B")
+        | _sizes("Cosmos-Reason2", "nvidia/Cosmos-Reason2", "", "2B", "8B"),
+        "timestamps and markers of every cell stay",
+        checked=_TINY,
+    ),
+    Architecture(
+        "Qwen3VLMoeForConditionalGeneration",
+        f"{_MODELS}.qwen3_vl:ScoreQwen3VLMoeForConditionalGeneration",
+        _sizes("Qwen3-VL", "Qwen/Qwen3-VL", "-Instruct", "30B-A3B", "235B-A22B"),
+        "timestamps and markers of every cell stay",
+        checked=_TINY,
+    ),
+    Architecture(
+        "Qwen3_5ForConditionalGeneration",
+        f"{_MODELS}.qwen3_5:ScoreQwen3_5ForConditionalGeneration",
+        _sizes("Qwen3.5", "Qwen/Qwen3.5", "", "0.8B", "2B", "4B", "9B", "27B")
+        | _sizes("Qwen3.6", "Qwen/Qwen3.6", "", "27B"),
+        "timestamps and markers of every cell stay; linear attention reads no positions",
+        checked=_TINY,
+    ),
+    Architecture(
+        "Qwen3_5MoeForConditionalGeneration",
+        f"{_MODELS}.qwen3_5:ScoreQwen3_5MoeForConditionalGeneration",
+        _sizes("Qwen3.5", "Qwen/Qwen3.5", "", "35B-A3B", "122B-A10B")
+        | _sizes("Qwen3.6", "Qwen/Qwen3.6", "", "35B-A3B"),
+        "timestamps and markers of every cell stay; linear attention reads no positions",
+        checked="its dense relative alone",
+    ),
+    Architecture(
+        "LlavaOnevisionForConditionalGeneration",
+        f"{_MODELS}.llava_onevision:ScoreLlavaOnevisionForConditionalGeneration",
+        {
+            f"LLaVA-OneVision-{size}": f"llava-hf/llava-onevision-qwen2-{size.lower()}-ov-hf"
+            for size in ("0.5B", "7B", "72B")
+        },
+        "LLaVA-Video, the paper's second model, after `python -m score_vllm.convert_llava_video`; newlines stay",
+        sampling=(None, 64),
+        sequential=True,
+        checked=_TINY,
+    ),
 )
 BY_NAME = {entry.name: entry for entry in SUPPORTED}
 SHORT_NAMES = {short: hub for entry in SUPPORTED for short, hub in entry.models.items()}
+
+# Short names of models whose hub checkpoints vLLM does not read.
+UNCONVERTED = {f"LLaVA-Video-{size}": f"lmms-lab/LLaVA-Video-{size}-Qwen2" for size in ("7B", "72B")}
 
 # Architectures that users ask for, and why they are refused.
 REFUSED = {

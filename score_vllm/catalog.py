@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from score_vllm.architectures import SHORT_NAMES
+from score_vllm.architectures import SHORT_NAMES, UNCONVERTED
 from score_vllm.demo import demo_clip, ensure_demo
 
 DEMO = "demo"
@@ -33,6 +33,11 @@ def resolve_model(name: str) -> ResolvedModel:
         return ResolvedModel(str(model), [DEMO], str(policy), demo_clip())
     if name in SHORT_NAMES:
         return ResolvedModel(SHORT_NAMES[name], [name, SHORT_NAMES[name]])
+    if name in UNCONVERTED:
+        raise UsageError(
+            f"--model {name!r} has no checkpoint that vLLM reads: download {UNCONVERTED[name]}, convert it with "
+            "python -m score_vllm.convert_llava_video SRC DST, and give --model DST"
+        )
     if looks_short := [known for known in SHORT_NAMES if known.lower() == name.lower()]:
         raise UsageError(f"--model {name!r} is not known; did you mean {looks_short[0]!r}?")
     # A hub id is owner/name. Anything else must be here: asking the hub for it would only take time.

@@ -7,7 +7,7 @@ span's first. Text after the span stands ``extent`` positions after the span's b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,6 +152,24 @@ def interleaved_layout(
             slot, position = slot + 1, position + 1
     steps = np.array([[grid.w, 0, 1, 0], [1, 0, 0, 1]])
     return VideoLayout(grid, *_structure(structure), np.array(cells), steps, position)
+
+
+def timestamped_layout(
+    grid: VideoGrid, timestamps: Sequence[float], encode: Callable[[str], list[int]], start: int, end: int
+) -> VideoLayout:
+    """Each cell after its time in words and a marker, and before another (Qwen3-VL, Qwen3.5).
+
+    Args:
+        grid: T, rows, columns.
+        timestamps: T seconds.
+        encode: token ids of a text, without special tokens.
+        start, end: token ids of the markers.
+
+    Raises:
+        ValueError: not T timestamps.
+    """
+    prefixes = [[*encode(f"<{float(seconds):.1f} seconds>"), start] for seconds in timestamps]
+    return interleaved_layout(grid, prefixes, [[end]] * grid.t)
 
 
 def sequential_layout(

@@ -174,7 +174,7 @@ def check(
     Raises:
         ConfigurationError: ``policy.init`` does not fit; a first sample that is broken is only reported.
     """
-    policy = make_policy(settings, config.get_text_config().hidden_size)
+    policy = make_policy(settings, config.get_text_config().hidden_size, config.architectures[0])
     weights = sum(p.numel() for p in policy.parameters())
     print(f"model    {settings.model.path} ({config.model_type}, {settings.model.dtype})")
     print(f"policy   {policy.config.hidden_size} -> {policy.config.policy_width} -> 1, {weights} weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ class Trainer:
         self.settings, self.engine, self.accelerator = settings, engine, accelerator
         self._sources = sources
         self.output = Path(settings.output)
-        self.policy = make_policy(settings, engine.hidden_size).to(accelerator.device).train()
+        self.policy = make_policy(settings, engine.hidden_size, engine.architecture).to(accelerator.device).train()
         self._names = [name for name, _ in self.policy.named_parameters()]
         self.local_samples = settings.optimizer.samples_per_step
         self.samples_per_step = self.local_samples * accelerator.num_processes
@@ -257,12 +258,12 @@ class Trainer:
         checkpoint.save_checkpoint(root, self.policy.state_dict(), tensors, state, self.settings.checkpoint.keep)
 
 
-def make_policy(settings: TrainSettings, hidden_size: int) -> RetentionPolicy:
+def make_policy(settings: TrainSettings, hidden_size: int, architecture: str) -> RetentionPolicy:
     """The policy to start from: fresh, or that of ``policy.init``.
 
     Raises:
-        ConfigurationError: ``policy.init`` names nothing, is for another width of tokens, or differs from
-            ``policy.use_residual``.
+        ConfigurationError: ``policy.init`` names nothing, is for another width of tokens or another architecture, or
+            differs from ``policy.use_residual``.
     """
     wanted = settings.policy
     if not wanted.init:
@@ -272,6 +273,7 @@ def make_policy(settings: TrainSettings, hidden_size: int) -> RetentionPolicy:
             use_residual=wanted.use_residual,
             initial_keep_probability=wanted.initial_keep_probability,
             model_id=settings.model.path,
+            architecture=architecture,
             seed=settings.seed,
         )
     try:
@@ -283,6 +285,11 @@ def make_policy(settings: TrainSettings, hidden_size: int) -> RetentionPolicy:
             f"policy.init {wanted.init!r} is for tokens of width {policy.config.hidden_size}, "
             f"the model's have {hidden_size}"
         )
+    if policy.config.architecture not in ("", architecture):
+        raise ConfigurationError(
+            f"policy.init {wanted.init!r} is for {policy.config.architecture}, the model is a {architecture}"
+        )
+    policy.config = dataclasses.replace(policy.config, architecture=architecture)
     if policy.config.use_residual != wanted.use_residual:
         raise ConfigurationError(
             f"policy.use_residual must be {policy.config.use_residual}, as in policy.init, got {wanted.use_residual}"

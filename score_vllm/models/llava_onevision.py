@@ -24,28 +24,14 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from score_vllm.layout import LEARNED, VideoLayout, sequential_layout
+from score_vllm.layout import VideoLayout, sequential_layout
 from score_vllm.models.adapter import CompressionModelMixin
 from score_vllm.models.admission import AdmissionDummyInputsMixin, AdmissionInfoMixin, VideoLimit
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.saliency import check_saliency_config
 from score_vllm.types import VideoGrid
-from score_vllm.vision.pooling import NEWLINES, frame_side, pool_frames
+from score_vllm.vision.pooling import frames_layout, pool_frames
 from score_vllm.vision.saliency import frame_saliency
-
-
-def video_layout(config: Any, num_frames: int) -> VideoLayout:
-    """The span of a video of square frames."""
-    vision = config.vision_config
-    side = frame_side(config, vision.image_size // vision.patch_size)
-    newline = getattr(config, "mm_newline_position", "one_token")
-    if newline not in NEWLINES:
-        raise ValueError(f"mm_newline_position must be one of {', '.join(NEWLINES)}, got {newline!r}")
-    suffixes: list[list[int]] = [[LEARNED] if newline == "frame" else [] for _ in range(num_frames)]
-    if newline == "one_token":
-        suffixes[-1] = [LEARNED]
-    grid = VideoGrid(num_frames, side, side)
-    return sequential_layout(grid, [[]] * num_frames, suffixes, row_newlines=newline == "grid")
 
 
 class ScoreLlavaOnevisionInfo(AdmissionInfoMixin, LlavaOnevisionProcessingInfo):
@@ -55,7 +41,7 @@ class ScoreLlavaOnevisionInfo(AdmissionInfoMixin, LlavaOnevisionProcessingInfo):
     def video_limit(self) -> VideoLimit:
         """Frames have one size, whatever the file's."""
         config, frames = self.get_hf_config(), self.serving.max_frames
-        layout, side = video_layout(config, frames), config.vision_config.image_size
+        layout, side = frames_layout(config, frames), config.vision_config.image_size
         return VideoLimit(frames, None, side, side, layout.grid.num_tokens, layout.structure_tokens)
 
 
@@ -73,7 +59,7 @@ class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMult
     def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
         """From the number of frames of each video."""
         config = self.info.get_hf_config()
-        return [video_layout(config, len(frames)) for frames in data.get("pixel_values_videos", ())]
+        return [frames_layout(config, len(frames)) for frames in data.get("pixel_values_videos", ())]
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -7,7 +7,8 @@ the first D columns, the tower's deepstack levels travel with the kept rows and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -20,10 +21,11 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from score_vllm.layout import VideoLayout, interleaved_layout
+from score_vllm.layout import VideoLayout, timestamped_layout
 from score_vllm.models.admission import AdmissionDummyInputsMixin, FramePixelsInfoMixin
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.qwen import QwenModelMixin, grid_of
+from score_vllm.types import VideoGrid
 
 # Longer than any video that a server takes.
 _LONGEST_TIMESTAMP = 99999.9
@@ -33,11 +35,11 @@ class ScoreQwen3VLInfoMixin(FramePixelsInfoMixin):
     """Counts the structure rows of a video beside its vision rows. The processor's limit is of a whole video, the
     server's of a frame: it holds for a video of ``--max-frames``, and shorter ones may have larger frames."""
 
-    def cell_text(self, timestamp: float) -> tuple[list[int], list[int]]:
-        """Token ids that stand before and after a cell."""
+    def video_layout(self, grid: VideoGrid, timestamps: Sequence[float]) -> VideoLayout:
+        """The span of a video whose cells stand at these seconds."""
         config, tokenizer = self.get_hf_config(), self.get_tokenizer()  # type: ignore[attr-defined]
-        stamp = tokenizer.encode(f"<{timestamp:.1f} seconds>", add_special_tokens=False)
-        return [*stamp, config.vision_start_token_id], [config.vision_end_token_id]
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        return timestamped_layout(grid, timestamps, encode, config.vision_start_token_id, config.vision_end_token_id)
 
     def frames_per_limit(self) -> int:
         """Of a whole video, rounded up to whole cells."""
@@ -45,8 +47,7 @@ class ScoreQwen3VLInfoMixin(FramePixelsInfoMixin):
 
     def max_structure_tokens(self) -> int:
         """Of a video of the most cells."""
-        prefix, suffix = self.cell_text(_LONGEST_TIMESTAMP)
-        return self.cells() * (len(prefix) + len(suffix))
+        return self.cells() * self.video_layout(VideoGrid(1, 1, 1), [_LONGEST_TIMESTAMP]).structure_tokens
 
 
 class ScoreQwen3VLDummyInputsBuilder(AdmissionDummyInputsMixin, Qwen3VLDummyInputsBuilder):
@@ -74,12 +75,8 @@ class ScoreQwen3VLProcessor(CompressionProcessorMixin, Qwen3VLMultiModalProcesso
     def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
         """From patch grids and the timestamps of the cells."""
         merge_size = self.info.get_hf_config().vision_config.spatial_merge_size
-        layouts = []
-        for thw, stamps in zip(data.get("video_grid_thw", ()), data.get("timestamps", ()), strict=True):
-            text = [self.info.cell_text(float(stamp)) for stamp in stamps]
-            grid = grid_of(thw, merge_size)
-            layouts.append(interleaved_layout(grid, [prefix for prefix, _ in text], [suffix for _, suffix in text]))
-        return layouts
+        pairs = zip(data.get("video_grid_thw", ()), data.get("timestamps", ()), strict=True)
+        return [self.info.video_layout(grid_of(thw, merge_size), stamps) for thw, stamps in pairs]
 
 
 @MULTIMODAL_REGISTRY.register_processor(

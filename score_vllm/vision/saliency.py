@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from score_vllm.types import VideoGrid
+from score_vllm.vision.pooling import pool_frames
 
 
 def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merge_unit: int) -> torch.Tensor:
@@ -36,18 +37,20 @@ def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merg
 
 
 class TowerSaliency:
-    """Listens to the last full-attention block of transformers' Qwen2.5-VL tower.
+    """Listens to the last full-attention block of one of transformers' Qwen towers.
 
     Args:
-        tower: ``Qwen2_5_VLForConditionalGeneration.model.visual``; hooks are added.
+        tower: the model's ``visual``; hooks are added. Qwen2.5-VL's alone has blocks that attend within windows.
     """
 
     def __init__(self, tower: Any) -> None:
         self._heads: int = tower.config.num_heads
-        self._merge_unit: int = tower.spatial_merge_unit
+        self._merge_unit: int = tower.config.spatial_merge_size**2
         self._tower = tower
         self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
-        attention = tower.blocks[max(tower.config.fullatt_block_indexes)].attn
+        self._windowed = hasattr(tower.config, "fullatt_block_indexes")
+        last = max(tower.config.fullatt_block_indexes) if self._windowed else len(tower.blocks) - 1
+        attention = tower.blocks[last].attn
         attention.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,8 +76,41 @@ class TowerSaliency:
         query, key = self._captured
         self._captured = None
         mean = frame_saliency(query, key, grid.t, self._merge_unit) / self._heads
+        if not self._windowed:
+            return mean
         config = self._tower.config
         window_index, _ = get_vision_window_index(
             patch_grid, config.spatial_merge_size, config.window_size, config.patch_size
         )
         return mean.flatten()[window_index.argsort()].view(grid.t, grid.tokens_per_frame)
+
+
+class SiglipSaliency:
+    """Listens to the last used layer of transformers' SigLIP tower (LLaVA-OneVision, LLaVA-Video).
+
+    Args:
+        tower: the model's ``vision_tower``; hooks are added.
+        config: the model's.
+    """
+
+    def __init__(self, tower: Any, config: Any) -> None:
+        self._config = config
+        self._heads: int = config.vision_config.num_attention_heads
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        # hidden_states[i] comes out of layer i - 1.
+        layers[range(len(layers) + 1)[config.vision_feature_layer] - 1].self_attn.register_forward_pre_hook(
+            self._keep, with_kwargs=True
+        )
+
+    def _keep(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._captured = attention.q_proj(hidden), attention.k_proj(hidden)
+
+    def take(self, patch_grid: torch.Tensor, grid: VideoGrid) -> torch.Tensor:
+        """Saliency of the frames that the tower has just seen, pooled like their features; [T, N] float32."""
+        assert self._captured is not None, "the tower has not run"
+        query, key = (tensor.reshape(-1, self._heads, tensor.shape[-1] // self._heads) for tensor in self._captured)
+        self._captured = None
+        patches = frame_saliency(query, key, grid.t, 1) / self._heads
+        return pool_frames(self._config, patches[..., None])[..., 0]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from score_vllm.layout import VideoLayout, grid_layout, timestamped_layout
 from score_vllm.types import VideoGrid
 from score_vllm.video import Resize
-from score_vllm.vision.saliency import TowerSaliency
+from score_vllm.vision.pooling import frames_layout, pool_frames
+from score_vllm.vision.saliency import SiglipSaliency, TowerSaliency
+
+# transformers' model types whose towers read patches of two frames at a time.
+QWEN_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+LLAVA_TYPES = ("llava_onevision",)
+MODEL_TYPES = (*QWEN_TYPES, *LLAVA_TYPES)
+# Each cell stands after its time in words.
+TIMESTAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 class VisionTower:
-    """Frozen processor and vision tower of a Qwen2.5-VL checkpoint.
+    """Frozen processor and vision tower of a checkpoint of any supported family.
 
     Args:
         model: directory or hub id.
@@ -23,9 +33,14 @@ class VisionTower:
         loaded: the whole model where the caller has it already, on that device and in that dtype; else it is
             read from ``model``.
 
+    Attributes:
+        hidden_size: D.
+        config: the checkpoint's.
+        kind: its model type, one of :data:`MODEL_TYPES`.
+
     Raises:
         OSError: the checkpoint cannot be read.
-        ValueError: it is not a Qwen2.5-VL.
+        ValueError: it is of another kind.
     """
 
     def __init__(
@@ -36,28 +51,34 @@ class VisionTower:
         *,
         loaded: Any = None,
     ) -> None:
-        from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         config = AutoConfig.from_pretrained(model)
-        if config.model_type != "qwen2_5_vl":
-            raise ValueError(f"model {str(model)!r} is a {config.model_type}; supported: qwen2_5_vl")
-        self.processor: Any = AutoProcessor.from_pretrained(model).video_processor
-        whole = loaded or Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype)
-        self.tower: Any = whole.model.visual.eval().to(device)
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(f"model {str(model)!r} is a {config.model_type}; supported: {', '.join(MODEL_TYPES)}")
+        self.config: Any = config
+        self.kind: str = config.model_type
+        processor: Any = AutoProcessor.from_pretrained(model)
+        self.processor: Any = processor.video_processor
         # For decode_video: frames of the size that the processor would make of them.
         self.resize = Resize.for_processor(self.processor)
+        self._tokenizer: Any = processor.tokenizer
+        whole = loaded or AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+        self._core: Any = whole.model
+        self.tower: Any = self._core.vision_tower if self.kind in LLAVA_TYPES else self._core.visual
+        self.tower.eval().to(device)
+        if self.kind in LLAVA_TYPES:
+            self._core.multi_modal_projector.eval().to(device)
         self.hidden_size: int = config.get_text_config().hidden_size
         self._device = device
         self._dtype = dtype
-        self._merge = config.vision_config.spatial_merge_size
-        self._saliency: TowerSaliency | None = None
+        self._saliency: TowerSaliency | SiglipSaliency | None = None
 
-    @torch.no_grad()
     def encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid]:
-        """Tokens of one video.
+        """Tokens of one video, as methods read them.
 
         Args:
-            frames: [F, H, W, 3] uint8 RGB, F >= 1; an odd last frame is merged with a copy of itself.
+            frames: [F, H, W, 3] uint8 RGB, F >= 1; where cells hold two frames, an odd last one is doubled.
 
         Returns:
             ``(x, grid)``: x is [T, N, D] in the tower's dtype.
@@ -65,8 +86,18 @@ class VisionTower:
         Raises:
             ValueError: the frames have another shape or dtype.
         """
-        x, grid, _ = self._encode(frames)
-        return x, grid
+        rows, grid = self.encode_rows(frames)
+        return rows[..., : self.hidden_size], grid
+
+    @torch.no_grad()
+    def encode_rows(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid]:
+        """Whole rows of one video: :meth:`encode`'s tokens and, behind them, the tower's deepstack levels.
+
+        Returns:
+            ``(rows, grid)``: rows is [T, N, D (1 + levels)].
+        """
+        rows, grid, _ = self._encode(frames)
+        return rows, grid
 
     @torch.no_grad()
     def encode_with_saliency(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
@@ -82,9 +113,30 @@ class VisionTower:
             ValueError: the frames have another shape or dtype.
         """
         if self._saliency is None:
-            self._saliency = TowerSaliency(self.tower)
-        x, grid, patch_grid = self._encode(frames)
-        return x, grid, self._saliency.take(patch_grid, grid)
+            llava = self.kind in LLAVA_TYPES
+            self._saliency = SiglipSaliency(self.tower, self.config) if llava else TowerSaliency(self.tower)
+        rows, grid, patch_grid = self._encode(frames)
+        return rows[..., : self.hidden_size], grid, self._saliency.take(patch_grid, grid)
+
+    def layout(self, grid: VideoGrid, num_frames: int, fps: float) -> VideoLayout:
+        """The span of a video in the prompt.
+
+        Args:
+            grid: of the video.
+            num_frames: F, frames given to the tower.
+            fps: of those frames.
+        """
+        if self.kind in LLAVA_TYPES:
+            return frames_layout(self.config, num_frames)
+        if self.kind not in TIMESTAMPED:
+            vision = self.config.vision_config
+            seconds = vision.temporal_patch_size / fps
+            return grid_layout(grid, seconds * vision.tokens_per_second if self.kind == "qwen2_5_vl" else 1.0)
+        # A cell stands midway between its frames.
+        times = np.minimum(np.arange(2 * grid.t), num_frames - 1).reshape(grid.t, 2).mean(1) / fps
+        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        markers = self.config.vision_start_token_id, self.config.vision_end_token_id
+        return timestamped_layout(grid, times.tolist(), encode, *markers)
 
     def _encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
@@ -92,10 +144,23 @@ class VisionTower:
         if self.resize is not None:
             self.resize.size(*frames.shape[:3])  # a shape that the processor refuses, in one sentence
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        inputs = self.processor([video], return_tensors="pt")
+        if self.kind in LLAVA_TYPES:
+            return self._encode_llava(video)
+        options = {"do_sample_frames": False} if self.kind in TIMESTAMPED else {}
+        inputs = self.processor([video], return_tensors="pt", **options)
         thw = inputs["video_grid_thw"]
         pixels = inputs["pixel_values_videos"].to(self._device, self._dtype)
         out = self.tower(pixels, grid_thw=thw.to(self._device))
         t, h, w = (int(value) for value in thw[0])
-        grid = VideoGrid(t, h // self._merge, w // self._merge)
-        return out.pooler_output.view(grid.t, grid.tokens_per_frame, -1), grid, thw
+        merge = self.config.vision_config.spatial_merge_size
+        grid = VideoGrid(t, h // merge, w // merge)
+        rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], dim=1)
+        return rows.view(grid.t, grid.tokens_per_frame, -1), grid, thw
+
+    def _encode_llava(self, video: torch.Tensor) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
+        pixels = self.processor([video], return_tensors="pt")["pixel_values_videos"][0]
+        hidden = self.tower(pixels.to(self._device, self._dtype), output_hidden_states=True).hidden_states
+        features = self._core.multi_modal_projector(hidden[self.config.vision_feature_layer])
+        x = pool_frames(self.config, features)
+        side = round(x.shape[1] ** 0.5)
+        return x, VideoGrid(len(x), side, side), torch.tensor([[len(x), side, side]])

@@ -10,6 +10,7 @@ from pathlib import Path
 from score_vllm import RetentionPolicy, methods, select_tokens
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
+from score_vllm.config import FIRST_ARCHITECTURE
 from score_vllm.types import TokenSelection
 from score_vllm.video import DecoderUnavailableError, VideoError
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, THINNINGS
@@ -98,6 +99,9 @@ def run(args: argparse.Namespace) -> Path:
             f"--policy was made for hidden size {policy.config.hidden_size}, but the model has hidden size "
             f"{tower.hidden_size}"
         )
+    trained_for = policy and (policy.config.architecture or FIRST_ARCHITECTURE)
+    if trained_for and trained_for != tower.config.architectures[0]:
+        raise UsageError(f"--policy was made for {trained_for}, but the model is a {tower.config.architectures[0]}")
     x, grid, saliency = tower.encode_with_saliency(video.frames)
     selections: dict[str, TokenSelection] = {}
     for name in names:

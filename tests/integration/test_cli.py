@@ -6,12 +6,14 @@ import argparse
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 from score_vllm import RetentionPolicy, catalog, plugin
+from score_vllm.architectures import REFUSED
 from score_vllm.server import arguments, cli, options
 
 
@@ -268,3 +270,47 @@ def test_a_missing_entry_point_stops_the_start(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(options, "entry_points", lambda **_: [])
     with pytest.raises(catalog.UsageError, match="is missing"):
         options.check_plugins()
+
+
+@pytest.fixture
+def architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Makes the directory ``tmp_path`` a model of the architecture that it is called with."""
+
+    def make(name: str) -> str:
+        text = SimpleNamespace(hidden_size=3584)
+        config = SimpleNamespace(architectures=[name], get_text_config=lambda: text)
+        monkeypatch.setattr("vllm.transformers_utils.config.get_config", lambda *_, **__: config)
+        return str(tmp_path)
+
+    return make
+
+
+def test_sampling_is_the_familys(parser: Any, architecture: Any) -> None:
+    args, _ = configure(parser, "--model", architecture("LlavaOnevisionForConditionalGeneration"))
+    video = args.media_io_kwargs["video"]
+    assert (video["num_frames"], video["fps"]) == (64, 0), "evenly over the video"
+    args, _ = configure(parser, "--model", architecture("Qwen3VLForConditionalGeneration"))
+    assert (args.media_io_kwargs["video"]["num_frames"], args.media_io_kwargs["video"]["fps"]) == (128, 2.0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_architectures_that_cannot_be_exact_are_refused_with_the_reason(
+    name: str, parser: Any, architecture: Any
+) -> None:
+    with pytest.raises(catalog.UsageError, match="which is not supported: ") as refused:
+        configure(parser, "--model", architecture(name))
+    assert REFUSED[name] in str(refused.value)
+
+
+def test_a_policy_of_another_architecture_is_refused(parser: Any, architecture: Any, tmp_path: Path) -> None:
+    RetentionPolicy(3584, policy_width=64).save_pretrained(tmp_path / "p")
+    model = architecture("LlavaOnevisionForConditionalGeneration")
+    with pytest.raises(catalog.UsageError, match="was made for Qwen2_5_VL"):
+        configure(parser, "--model", model, "--policy", str(tmp_path / "p"))
+
+
+def test_short_names_of_every_family() -> None:
+    assert catalog.resolve_model("Qwen3-VL-30B-A3B").path == "Qwen/Qwen3-VL-30B-A3B-Instruct"
+    assert catalog.resolve_model("Qwen3.5-9B").path == "Qwen/Qwen3.5-9B"
+    with pytest.raises(catalog.UsageError, match="convert_llava_video"):
+        catalog.resolve_model("LLaVA-Video-7B")

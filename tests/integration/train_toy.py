@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from score_vllm.layout import grid_layout
 from score_vllm.train import checkpoint
 from score_vllm.train.__main__ import make_accelerator, parse
 from score_vllm.train.config import load_settings
@@ -75,6 +76,7 @@ class ToyEngine:
     """Cross-entropy is 1 plus half the share of important tokens that are missing."""
 
     hidden_size = WIDTH
+    architecture = "Toy"
     identity = "toy"
 
     def __init__(self) -> None:
@@ -84,7 +86,7 @@ class ToyEngine:
     def encode(self, sample: TrainingSample) -> EncodedSample:
         self.encoded.append(sample.key)
         ids = torch.arange(3)
-        return EncodedSample(sample.key, tokens_of(sample.key)[0], GRID, 1.0, ids, ids, ids)
+        return EncodedSample(sample.key, tokens_of(sample.key)[0], grid_layout(GRID, 1.0), ids, ids, ids)
 
     def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         self.base_calls += len(kept) == 1

@@ -21,7 +21,7 @@ ROOMS = [
     {"methods", "select", "demo", "vision", "catalog"},
     {"viz"},
     {"models"},
-    {"plugin", "server", "train", "integrations"},
+    {"convert_llava_video", "plugin", "server", "train", "integrations"},
 ]
 VLLM_ROOMS = {"models", "server"}
 # Single files that may import vllm besides, inside functions.

@@ -27,7 +27,7 @@ def test_shipped_configurations_load(path: Path) -> None:
     assert settings.rollout.group_size == 16
     warmup, main = settings.stages
     assert (warmup.min_frames, warmup.max_frames) == (6, 24)
-    assert main.max_frames == (64 if path.name == "own_clips.toml" else 128)
+    assert main.max_frames == (64 if path.name in ("own_clips.toml", "llava_video_7b.toml") else 128)
 
 
 def test_the_papers_numbers() -> None:
@@ -36,6 +36,15 @@ def test_the_papers_numbers() -> None:
     assert (settings.optimizer.name, settings.optimizer.lr) == ("adamw", 3e-4), "not the paper's: see test_train_recipe"
     assert warmup.sources[0].limit == 10_000
     assert sum(source.limit for source in main.sources) == 57_000
+
+
+@pytest.mark.parametrize(("name", "frames"), [("qwen3_vl_8b", 128), ("llava_video_7b", 64)])
+def test_other_families_follow_the_same_recipe(name: str, frames: int) -> None:
+    settings, paper = load_settings(CONFIGS / f"{name}.toml"), load_settings(CONFIGS / "qwen2_5_vl_7b.toml")
+    assert (settings.optimizer, settings.rollout, settings.policy) == (paper.optimizer, paper.rollout, paper.policy)
+    assert [stage.steps for stage in settings.stages] == [stage.steps for stage in paper.stages]
+    assert settings.stages[1].max_frames == frames
+    assert settings.output == f"runs/{name}"
 
 
 def test_overrides() -> None:

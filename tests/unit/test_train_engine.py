@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from score_vllm.layout import grid_layout
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.train.frozen import decoder
 from score_vllm.train.frozen.model import EncodedSample, FrozenVLM
@@ -41,7 +40,7 @@ def by_hand(engine: FrozenVLM, e: EncodedSample, kept: torch.Tensor) -> torch.Te
     model = engine.model
     embed = model.get_input_embeddings()
     start = e.prefix.shape[0]
-    offsets = grid_layout(e.grid, e.t_factor).vision_offsets()
+    offsets = e.layout.vision_offsets()
     text = torch.cat([e.suffix, e.target])
     after = start + int(offsets.max()) + 1 + torch.arange(text.shape[0])
     positions = torch.cat(
@@ -101,7 +100,7 @@ def test_text_is_rendered_as_the_server_does(engine: FrozenVLM, encoded: Encoded
 def test_time_and_grid(engine: FrozenVLM) -> None:
     encoded = engine.encode(a_sample(frames=6, fps=4.0))
     # 2 frames a cell at 4 frames a second is half a second; 2 positions a second.
-    assert encoded.t_factor == pytest.approx(1.0)
+    assert encoded.layout.cells[:, 1].tolist() == list(range(encoded.grid.t)), "one position a second"
     assert encoded.grid.t == 3
     assert encoded.x.shape == (3, encoded.grid.tokens_per_frame, engine.hidden_size)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from score_vllm.layout import grid_layout
 from score_vllm.policy import RetentionPolicy
 from score_vllm.train.checkpoint import (
     TrainState,
@@ -28,7 +29,9 @@ from score_vllm.types import VideoGrid
 def entry(number: int, cells: int = 4) -> CachedSample:
     x = torch.full((cells, 6, 32), float(number), dtype=torch.bfloat16)
     ids = torch.arange(number, number + 3)
-    return CachedSample(EncodedSample(f"k{number}", x, VideoGrid(cells, 2, 3), 0.5, ids, ids, ids), number / 7)
+    return CachedSample(
+        EncodedSample(f"k{number}", x, grid_layout(VideoGrid(cells, 2, 3), 0.5), ids, ids, ids), number / 7
+    )
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
@@ -54,7 +57,7 @@ def test_cache_gives_back_what_it_got_within_its_bound(tmp_path: Path, kind: str
     assert found.encoded.x.dtype == torch.bfloat16
     assert found.encoded.target.tolist() == [19, 20, 21]
     assert found.ce_base == 19 / 7
-    assert (found.encoded.grid, found.encoded.t_factor, found.encoded.key) == (VideoGrid(4, 2, 3), 0.5, "k19")
+    assert (found.encoded.grid, found.encoded.layout.extent, found.encoded.key) == (VideoGrid(4, 2, 3), 3, "k19")
 
 
 def test_cache_refuses_what_is_above_its_bound_and_keeps_models_apart(tmp_path: Path) -> None:

@@ -25,31 +25,41 @@ def check_decoder(language_model: Any) -> None:
     chosen = language_model.config._attn_implementation
     if chosen not in ATTENTION:
         raise ConfigurationError(f"attn_implementation must be one of {list(ATTENTION)}, got {chosen!r}")
-    if language_model.has_sliding_layers:
+    if getattr(language_model, "has_sliding_layers", False):
         raise ConfigurationError("the model has sliding-window attention, which training does not support")
 
 
 def answer_states(
-    language_model: Any, rows: torch.Tensor, positions: torch.Tensor, answers: torch.Tensor
+    language_model: Any,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    answers: torch.Tensor,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final hidden states at some places of right-padded sequences.
 
     Attention is causal, so that padding on the right reaches no real token and needs no mask.
 
     Args:
-        language_model: the text model of a Qwen2.5-VL, see :func:`check_decoder`.
+        language_model: a Qwen2 or Qwen3 text model, see :func:`check_decoder`. Its layers are called one by one, past
+            the code of transformers that would take gaps in 1-D positions for packed sequences.
         rows: [B, L, D] input embeddings.
-        positions: [3, B, L] int64.
+        positions: [3, B, L] int64; of a model with 1-D positions all axes are the same.
         answers: [B, M] int64 indices into L.
+        levels: [levels, B, L, D] deepstack rows, added after as many first layers; zero where there is no vision.
 
     Returns:
         [B, M, D] after the final norm.
     """
-    cos, sin = language_model.rotary_emb(rows, positions)  # [B, L, head_dim] each
+    rope = language_model.config.rope_parameters
+    axes = positions if "mrope_section" in rope else positions[0]
+    cos, sin = language_model.rotary_emb(rows, axes)  # [B, L, head_dim] each
     *layers, last = language_model.layers
     hidden = rows
-    for layer in layers:
+    for number, layer in enumerate(layers):
         hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+        if levels is not None and number < len(levels):
+            hidden = hidden + levels[number]
 
     def pick(values: torch.Tensor) -> torch.Tensor:
         return values.gather(1, answers[..., None].expand(-1, -1, values.shape[-1]))
@@ -57,8 +67,11 @@ def answer_states(
     attention = last.self_attn
     normed = last.input_layernorm(hidden)
     residual = pick(hidden)
-    q = _rotate(_heads(attention.q_proj(pick(normed)), attention.head_dim), pick(cos), pick(sin))  # [B, H, M, d]
-    k = _rotate(_heads(attention.k_proj(normed), attention.head_dim), cos, sin)  # [B, H_kv, L, d]
+    q = _heads(attention.q_proj(pick(normed)), attention.head_dim)  # [B, H, M, d]
+    k = _heads(attention.k_proj(normed), attention.head_dim)  # [B, H_kv, L, d]
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = _rotate(q, pick(cos), pick(sin)), _rotate(k, cos, sin)
     v = _heads(attention.v_proj(normed), attention.head_dim)
     groups = attention.num_key_value_groups
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

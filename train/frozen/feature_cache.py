@@ -10,19 +10,21 @@ import os
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from score_vllm.layout import VideoLayout
 from score_vllm.train.config import CacheSettings
 from score_vllm.train.frozen.model import EncodedSample
-from score_vllm.types import VideoGrid
 
-FORMAT = 1
+FORMAT = 2
 GIB = 1 << 30
 # After an eviction this share of the bound is in use.
 _AFTER_EVICTION = 0.9
-_TENSORS = ("x", "prefix", "suffix", "target")
+_TENSORS = ("x", "prefix", "suffix", "target", "levels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class CachedSample:
     @property
     def nbytes(self) -> int:
         """Size of its tensors."""
-        return sum(getattr(self.encoded, n).nbytes for n in _TENSORS)
+        return sum(tensor.nbytes for tensor in _tensors(self.encoded).values())
 
 
 class FeatureCache:
@@ -99,7 +101,8 @@ class FeatureCache:
             return
         if (old := self._memory.pop(key, None)) is not None:
             self._bytes -= old.nbytes
-        encoded = dataclasses.replace(item.encoded, x=item.encoded.x.cpu())
+        tensors: dict[str, Any] = {name: tensor.cpu() for name, tensor in _tensors(item.encoded).items()}
+        encoded = dataclasses.replace(item.encoded, **tensors)
         self._memory[key] = dataclasses.replace(item, encoded=encoded)
         self._bytes += item.nbytes
         while self._bytes > self._bound:
@@ -139,22 +142,21 @@ class FeatureCache:
         return self._directory / f"{digest}.safetensors"
 
 
+def _tensors(encoded: EncodedSample) -> dict[str, torch.Tensor]:
+    """Those that it has."""
+    return {name: tensor for name in _TENSORS if (tensor := getattr(encoded, name)) is not None}
+
+
 def _write(path: Path, item: CachedSample) -> None:
-    encoded = item.encoded
-    facts = {
-        "key": encoded.key,
-        "grid": [encoded.grid.t, encoded.grid.h, encoded.grid.w],
-        "t_factor": encoded.t_factor,
-        "ce_base": item.ce_base,
-    }
+    facts = {"key": item.encoded.key, "ce_base": item.ce_base}
     # Clones: safetensors refuses tensors that share memory.
-    tensors = {name: getattr(encoded, name).cpu().contiguous().clone() for name in _TENSORS}
-    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _tensors(item.encoded).items()}
+    save_file({**tensors, "layout": item.encoded.layout.to_tensor()}, path, metadata={"facts": json.dumps(facts)})
 
 
 def _read(path: Path) -> CachedSample:
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
-        tensors = {name: file.get_tensor(name) for name in _TENSORS}
-    encoded = EncodedSample(key=facts["key"], grid=VideoGrid(*facts["grid"]), t_factor=facts["t_factor"], **tensors)
-    return CachedSample(encoded, facts["ce_base"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    layout = VideoLayout.from_tensor(tensors.pop("layout"))
+    return CachedSample(EncodedSample(key=facts["key"], layout=layout, **tensors), facts["ce_base"])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from score_vllm.layout import grid_layout
+from score_vllm.layout import LEARNED, VideoLayout
 from score_vllm.positions import VisualSpan, prompt_positions
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
 from score_vllm.train.frozen.decoder import answer_states, check_decoder
@@ -20,7 +20,8 @@ from score_vllm.train.schema import ConfigurationError, MissingError
 from score_vllm.types import VideoGrid
 from score_vllm.vision.tower import VisionTower
 
-VIDEO_PAD = "<|video_pad|>"
+# transformers' model types whose language model :mod:`score_vllm.train.frozen.decoder` runs.
+TRAINABLE = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
 END_OF_TURN = "<|im_end|>"
 DEFAULT_MAX_ROLLOUT_TOKENS = 8192
 # Logits in fp32 that exist at a time: 64 Mi of them, 256 MiB.
@@ -33,21 +34,26 @@ class EncodedSample:
 
     Attributes:
         key: the sample's name.
-        x: [T, N, D] visual tokens in the model's dtype.
-        grid: T, rows, columns.
-        t_factor: temporal positions per cell: seconds per cell times tokens per second.
+        x: [T, N, D] visual tokens in the model's dtype, as the policy reads them.
+        layout: the video's span in the prompt.
         prefix: [P] int64 token ids before the video.
         suffix: [S] int64 token ids after the video, up to where the answer starts.
         target: [M] int64 token ids of the answer, end of turn included; M >= 2.
+        levels: [T, N, D * levels] deepstack rows, which travel with the kept tokens; None: the model has none.
     """
 
     key: str
     x: torch.Tensor
-    grid: VideoGrid
-    t_factor: float
+    layout: VideoLayout
     prefix: torch.Tensor
     suffix: torch.Tensor
     target: torch.Tensor
+    levels: torch.Tensor | None = None
+
+    @property
+    def grid(self) -> VideoGrid:
+        """T, rows, columns."""
+        return self.layout.grid
 
     @property
     def num_tokens(self) -> int:
@@ -56,14 +62,16 @@ class EncodedSample:
 
     @property
     def num_text_tokens(self) -> int:
-        """Tokens that the language model reads besides the video: the answer's last one is only predicted."""
-        return int(self.prefix.shape[0] + self.suffix.shape[0] + self.target.shape[0] - 1)
+        """Tokens read besides the vision rows, structure included: the answer's last one is only predicted."""
+        text = self.prefix.shape[0] + self.suffix.shape[0] + self.target.shape[0] - 1
+        return int(text) + self.layout.structure_tokens
 
 
 class Engine(Protocol):
     """What the training loop asks of a frozen model."""
 
     hidden_size: int
+    architecture: str
     identity: str
 
     def encode(self, sample: TrainingSample) -> EncodedSample: ...
@@ -75,10 +83,10 @@ class Engine(Protocol):
 
 
 class FrozenVLM:
-    """A frozen Qwen2.5-VL through transformers. Positions follow serving: see :mod:`score_vllm.positions`.
+    """A frozen video model through transformers. Positions follow serving: see :mod:`score_vllm.positions`.
 
     Args:
-        model: a loaded ``Qwen2_5_VLForConditionalGeneration``; it is frozen and put in eval mode.
+        model: a loaded model of one of :data:`TRAINABLE`; it is frozen and put in eval mode.
         path: its directory or hub id, for tokenizer and processor.
         max_rollout_tokens: most tokens (padding included) that run through the language model at once. One
             sequence longer than this runs alone.
@@ -86,12 +94,13 @@ class FrozenVLM:
 
     Attributes:
         hidden_size: D.
+        architecture: vLLM's name of the model, for the policy's configuration.
         identity: what visual tokens depend on besides the sample: the checkpoint and the dtype.
         model: the transformers model.
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: not a Qwen2.5-VL, its attention is not plainly causal, or ``max_rollout_tokens`` < 1.
+        ValueError: another kind of model, its attention is not plainly causal, or ``max_rollout_tokens`` < 1.
     """
 
     def __init__(
@@ -118,9 +127,8 @@ class FrozenVLM:
         processor: Any = AutoProcessor.from_pretrained(path)
         self.tokenizer = processor.tokenizer
         self._template = processor.chat_template or self.tokenizer.chat_template
-        vision = model.config.vision_config
-        self._temporal_patch = int(vision.temporal_patch_size)
-        self._tokens_per_second = float(vision.tokens_per_second)
+        self._video_token = processor.video_token
+        self.architecture = str(type(model).__name__)
 
     @classmethod
     def from_pretrained(
@@ -143,13 +151,13 @@ class FrozenVLM:
 
         Raises:
             FileNotFoundError: neither a directory nor a reachable hub id.
-            ValueError: it is not a Qwen2.5-VL.
+            ValueError: it is of no kind that training supports.
         """
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
         cls.config_of(path)
         try:
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+            model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         except OSError as error:
             raise ConfigurationError(
                 f"model.path {str(path)!r} has no weights: {str(error).splitlines()[0]}"
@@ -164,7 +172,7 @@ class FrozenVLM:
 
         Raises:
             FileNotFoundError: neither a directory nor a reachable hub id.
-            ValueError: it is not a Qwen2.5-VL.
+            ValueError: it is of no kind that training supports.
         """
         from transformers import AutoConfig
 
@@ -175,8 +183,10 @@ class FrozenVLM:
                 f"model.path {str(path)!r} is neither the directory of a checkpoint nor a hub id that can be "
                 f"reached: {str(error).splitlines()[0]}"
             ) from error
-        if config.model_type != "qwen2_5_vl":
-            raise ConfigurationError(f"model.path {str(path)!r} is a {config.model_type}; supported: qwen2_5_vl")
+        if config.model_type not in TRAINABLE:
+            raise ConfigurationError(
+                f"model.path {str(path)!r} is a {config.model_type}; training supports {', '.join(TRAINABLE)}"
+            )
         return config
 
     def render(self, prompt: str) -> tuple[str, str]:
@@ -196,9 +206,9 @@ class FrozenVLM:
             tokenize=False,
             add_generation_prompt=True,
         )
-        parts = text.split(VIDEO_PAD)
+        parts = text.split(self._video_token)
         if len(parts) != 2:
-            raise ValueError(f"the rendered prompt must hold {VIDEO_PAD} once, it does {len(parts) - 1} times")
+            raise ValueError(f"the rendered prompt must hold {self._video_token} once, it does {len(parts) - 1} times")
         return parts[0], parts[1]
 
     def encode(self, sample: TrainingSample) -> EncodedSample:
@@ -217,15 +227,15 @@ class FrozenVLM:
         target = self._ids(sample.target.strip())
         if bool(torch.isin(target, torch.tensor(self.tokenizer.all_special_ids)).any()):
             raise BrokenSampleError(f"{sample.key}: the target holds a special token of the model")
-        x, grid = self._tower.encode(sample.frames)
+        rows, grid = self._tower.encode_rows(sample.frames)
         return EncodedSample(
             key=sample.key,
-            x=x,
-            grid=grid,
-            t_factor=self._temporal_patch / sample.fps * self._tokens_per_second,
+            x=rows[..., : self.hidden_size],
+            layout=self._tower.layout(grid, len(sample.frames), sample.fps),
             prefix=self._ids(before),
             suffix=self._ids(after),
             target=torch.cat([target, self._ids(END_OF_TURN)]),
+            levels=rows[..., self.hidden_size :] if rows.shape[-1] > self.hidden_size else None,
         )
 
     def _ids(self, text: str) -> torch.Tensor:
@@ -263,10 +273,13 @@ class FrozenVLM:
         answer_states(self.model.model.language_model, rows, nowhere, nowhere[0])
 
     def _cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
-        first, last = encoded.prefix.shape[0], encoded.prefix.shape[0] + encoded.num_tokens
-        rows, positions = self.table(encoded)
+        first = encoded.prefix.shape[0]
+        structure = torch.from_numpy(encoded.layout.slots)
+        vision = torch.from_numpy(encoded.layout.vision()[:, 0])
+        rows, positions, levels = self.table(encoded)
+        before, after = torch.arange(first), torch.arange(first + len(structure) + len(vision), rows.shape[0] - 1)
         sequences = [
-            torch.cat([torch.arange(first), k.cpu() + first, torch.arange(last, rows.shape[0] - 1)]) for k in kept
+            torch.cat([before, first + torch.cat([structure, vision[k.cpu()]]).sort().values, after]) for k in kept
         ]
         lengths = [int(s.shape[0]) for s in sequences]
         target = encoded.target.to(self.device)
@@ -280,26 +293,38 @@ class FrozenVLM:
                 self._lockstep.before_pass()
             ends = torch.tensor([lengths[i] for i in batch], device=self.device)
             answers = ends[:, None] - target.shape[0] + torch.arange(target.shape[0], device=self.device)
-            hidden = answer_states(self.model.model.language_model, rows[padded], positions[:, padded], answers)
+            extra = None if levels is None else levels[:, padded]
+            hidden = answer_states(self.model.model.language_model, rows[padded], positions[:, padded], answers, extra)
             ce[torch.tensor(batch, device=self.device)] = self._target_ce(hidden, target)
         return ce
 
-    def table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor]:
+    def table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Rows and positions of the whole sequence and of one row of padding: every rollout is a gather of these.
 
         Returns:
-            ``(rows, positions)``: [P + T*N + S + M, D] (the answer's last token is replaced by the padding) and
-            [3, the same].
+            ``(rows, positions, levels)``: [P + S + T*N + suffix + M, D] (the answer's last token is replaced by the
+            padding), [3, the same], and deepstack rows [levels, the same, D] or None.
         """
-        embed = self.model.get_input_embeddings()
+        embed, layout = self.model.get_input_embeddings(), encoded.layout
+        first = encoded.prefix.shape[0]
         after = torch.cat([encoded.suffix, encoded.target[:-1]])
         x = encoded.x.to(self.device, self.dtype).reshape(encoded.num_tokens, -1)
-        rows = torch.cat(
-            [embed(encoded.prefix.to(self.device)), x, embed(after.to(self.device)), torch.zeros_like(x[:1])]
-        )
-        span = VisualSpan.unpruned(encoded.prefix.shape[0], grid_layout(encoded.grid, encoded.t_factor))
-        positions, _ = prompt_positions(rows.shape[0], [span])
-        return rows, torch.from_numpy(positions).to(self.device)
+        vision = first + torch.from_numpy(layout.vision()[:, 0]).to(self.device)
+        # One padding token at the end; vision slots are overwritten.
+        span = torch.zeros(layout.structure_tokens + encoded.num_tokens, dtype=torch.int64)
+        span[torch.from_numpy(layout.slots)] = torch.from_numpy(layout.ids).clamp(min=0)
+        rows = embed(torch.cat([encoded.prefix, span, after, after[-1:]]).to(self.device)).clone()
+        rows[vision] = x
+        if bool((layout.ids == LEARNED).any()):
+            learned = first + torch.from_numpy(layout.slots[layout.ids == LEARNED])
+            rows[learned.to(self.device)] = self.model.model.image_newline.to(self.dtype)
+        levels = None
+        if encoded.levels is not None:
+            flat = encoded.levels.to(self.device, self.dtype).reshape(encoded.num_tokens, -1, self.hidden_size)
+            levels = rows.new_zeros(flat.shape[1], *rows.shape)
+            levels[:, vision] = flat.transpose(0, 1)
+        positions, _ = prompt_positions(rows.shape[0], [VisualSpan.unpruned(first, layout)])
+        return rows, torch.from_numpy(positions).to(self.device), levels
 
     def _target_ce(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """[B] mean cross-entropy of ``target`` [M] from ``hidden`` [B, M, D]; a bounded number of logits at a time."""

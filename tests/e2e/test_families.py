@@ -1,0 +1,68 @@
+"""Two families with structure between their vision tokens, from checkpoint to answer: exact counts at every ratio."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.serving.process import free_port, running_process
+from score_vllm import num_retained_tokens
+from score_vllm.convert_llava_video import convert
+from tests.e2e.conftest import API_KEY, SCORE_SERVE, Server, environment
+from tests.integration.tiny_families import build_llava, build_policy, build_qwen3, write_original
+
+pytest.importorskip("vllm")
+# Of the 48-frame clip of 6 seconds: 2 frames a second in cells of two; all 48 frames, 4 x 4 tokens each.
+EXPECTED = {"qwen3_vl": (6, None), "llava_video": (48, 48 * 4)}
+
+
+@pytest.fixture(scope="module", params=EXPECTED)
+def family_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path
+) -> Iterator[tuple[str, Server]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = folder / "model"
+    if request.param == "qwen3_vl":
+        build_qwen3(model, "qwen3_vl")
+        build_policy(folder / "policy", "Qwen3VLForConditionalGeneration")
+    else:
+        options = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
+        build_llava(folder / "known", **options)
+        write_original(folder / "known", folder / "original")
+        convert(folder / "original", model, heads=2)
+        build_policy(folder / "policy", "LlavaOnevisionForConditionalGeneration")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [str(SCORE_SERVE), "--model", str(model), "--served-model-name", "tiny", "--policy"]
+    command += [str(folder / "policy"), "--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
+    command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "4096"]
+    with running_process(command, url, folder / "server.log", environment(cache)) as process:
+        yield request.param, Server(url, folder / "server.log", process, folder)
+
+
+def test_counts_and_answers(family_server: tuple[str, Server], clips: dict[str, Path]) -> None:
+    name, server = family_server
+    data = base64.b64encode(clips["plain"].read_bytes()).decode()
+    video = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
+    messages: Any = [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}]
+    text_tokens, structure = set(), set()
+    for ratio in (1.0, 0.4, 0.1, 0.02):
+        answer = server.client().chat.completions.create(
+            model="tiny", messages=messages, max_tokens=4, temperature=0, extra_body={"retention_ratio": ratio}
+        )
+        (report,) = answer.score["videos"]
+        cells, rows, columns = report["grid"]
+        assert cells == EXPECTED[name][0]
+        assert report["original_tokens"] == cells * rows * columns
+        assert report["retained_tokens"] == num_retained_tokens(cells * rows * columns, ratio)
+        structure.add(report["structure_tokens"])
+        text_tokens.add(answer.usage.prompt_tokens - report["retained_tokens"] - report["structure_tokens"])
+        assert answer.choices[0].message.content is not None
+    assert len(text_tokens) == 1, "only the video's tokens may differ between ratios"
+    (count,) = structure
+    # Bytes are tokens here: "<0.2 seconds>" is 13 of them, and a marker stands on each side of a cell.
+    assert count == (EXPECTED[name][1] or 6 * (len("<0.2 seconds>") + 2))
