@@ -10,6 +10,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vllm.config import EncoderCacheManagerConfig
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
 from score_vllm.config import ServingConfig
 from score_vllm.plugin import ENCODER_CACHE_MANAGER
+from score_vllm.vision.tower import VisionTower
 
 from . import conftest as tier  # noqa: F401  (the environment of in-process engines)
 from .family_oracle import Oracle, random_video
@@ -81,6 +83,7 @@ class Served:
     llm: Any
     oracle: Oracle
     policy: RetentionPolicy
+    directory: Path
     compressed: list[tuple[torch.Tensor, Any, int]] = field(default_factory=list)
     saliency: list[Any] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
@@ -189,7 +192,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
     llm = LLM(model=str(folder / "model"), hf_overrides=serving.to_overrides(), **options | family.options)
     oracle = Oracle(folder / "model", request.param, family.architecture)
-    made = Served(request.param, family, llm, oracle, RetentionPolicy.from_pretrained(folder / "policy"))
+    made = Served(
+        request.param, family, llm, oracle, RetentionPolicy.from_pretrained(folder / "policy"), folder / "model"
+    )
     model = made.model
     compress, process_image = model.compressor.compress, model._process_image_input
 
@@ -314,6 +319,22 @@ def test_every_method(method: str, served: Served) -> None:
     videos = [served.video(20, 3, 4, seed=61)]
     output = served.generate(prompt, videos, ratio=0.3, method=method)
     served.check(output, prompt, videos, ratio=0.3, method=method)
+
+
+def test_rows_and_saliency_equal_the_tower_s_through_transformers(served: Served) -> None:
+    """What training, score-viz and evaluation see is what the server sees."""
+    if not served.exact:
+        pytest.skip("bf16 against fp32")
+    frames, metadata = video = served.video(9, 3, 4, seed=65)
+    served.generate(f"{served.family.video}?", [video], ratio=0.5, method="fastvid", n=1)
+    ((x, layout, _),), (saliency,) = served.compressed, served.saliency
+    tower = VisionTower(served.directory)
+    rows, grid = tower.encode_rows(frames)
+    assert grid == layout.grid
+    torch.testing.assert_close(x, rows.flatten(0, 1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(saliency, tower.encode_with_saliency(frames)[2], atol=1e-5, rtol=0)
+    own = tower.layout(grid, len(frames), metadata["fps"])
+    assert np.array_equal(own.to_tensor(), layout.to_tensor())
 
 
 def test_ratio_one_equals_plain_vllm(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
