@@ -6,7 +6,8 @@
 Each row is checked first (exactly K tokens, ascending, same again on a second run); a method that fails is not timed.
 The timed runs go round robin over the rows. Times are of ``select_tokens``: scores, selection and the gathered or
 merged rows. The tokens are random scenes, so times are real and the choice of tokens means nothing; ``score`` runs with
-untrained weights of the real size, FastVID and HoliTom with a random saliency.
+untrained weights of the real size, as do the other learned methods, and those that rank by attention with a random
+saliency, whose own cost is not in the times.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ if not __package__:
 from benchmarks.harness import Sample, Stopwatch, machine_name, rounds, table, write_results
 from benchmarks.memory import PeakMemory
 from benchmarks.tokens import scene_tokens
-from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
+from score_vllm import RetentionPolicy, TokenSelection, VideoGrid, methods, num_retained_tokens, select_tokens
+from score_vllm.methods.cacovid import CacovidWeights
+from score_vllm.methods.visionselector_weights import SelectorWeights
 
 SIZES = {"small": (16, 192, 1024), "paper-size": (64, 665, 3584)}
+GRIDS = {"small": (12, 16), "paper-size": (19, 35)}
+SECOND_VARIANTS = {"fastvid": "llavaov", "flashvid": "llava"}
 RATIOS = (0.4, 0.25, 0.1)
 
 
@@ -38,8 +43,8 @@ def rows_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
     rows: list[tuple[str, str | None]] = []
     for name in names:
         rows.append((name, None))
-        if name == "fastvid":
-            rows.append((name, "llavaov"))
+        if name in SECOND_VARIANTS:
+            rows.append((name, SECOND_VARIANTS[name]))
     return rows
 
 
@@ -143,11 +148,21 @@ def main(argv: list[str] | None = None) -> int:
     x = scene_tokens(frames, per_frame, d, getattr(torch, arguments.dtype), arguments.device)
     saliency = torch.rand(frames, per_frame, generator=torch.Generator().manual_seed(1)).to(arguments.device)
     policy = RetentionPolicy(d).to(arguments.device) if "score" in arguments.methods else None
+    learned = {"visionselector": SelectorWeights.random(d), "cacovid": CacovidWeights.random(d, heads=28, kv_heads=4)}
+    grid = VideoGrid(frames, *GRIDS[arguments.size])
     todo = [(name, variant, r) for name, variant in rows_to_measure(arguments.methods) for r in arguments.ratios]
     print(f"T={frames} N={per_frame} D={d} {arguments.dtype}, {machine_name()}, {torch.get_num_threads()} threads")
     rows, calls = [], {}
     for name, variant, ratio in tqdm(todo, desc="check", unit="row", file=sys.stderr):
-        keywords = {"method": name, "variant": variant, "policy": policy, "saliency": saliency}
+        weights = learned[name].to(arguments.device) if name in learned else None
+        keywords = {
+            "method": name,
+            "variant": variant,
+            "policy": policy,
+            "saliency": saliency,
+            "weights": weights,
+            "grid": grid,
+        }
         rows.append(check(x, ratio, keywords))
         if rows[-1]["fault"] is None:
             calls[str((name, variant, ratio))] = partial(timed, x, ratio, keywords)

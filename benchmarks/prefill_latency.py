@@ -187,7 +187,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Preset]
             preset = checkpoint_preset(args.model, preset)
         args.ratios = sorted({*PAPER_RATIOS, *args.ratios}, reverse=True)
         named = [name.strip() for name in args.methods.split(",") if name.strip()]
-        ours = ["score", *[name for name in methods.names() if name != "score"]]
+        ours = ["score", *[name for name in methods.names() if methods.get(name).weights is None]]
         args.methods = ours if args.methods == "all" else [methods.get(name).name for name in dict.fromkeys(named)]
         if not args.methods or 1.0 in args.ratios:
             raise ValueError("--methods must name at least one method, and --ratios numbers below 1")

@@ -116,6 +116,8 @@ class ServingConfig:
         max_frames: most frames of a video; with ``max_pixels`` the size that memory is reserved for.
         max_pixels: most pixels of a frame after resizing; None is 768 tokens a cell, or the checkpoint's own limit
             where that is lower.
+        selectors: directory of the weights of each other learned method.
+        selector_digests: their digests; part of every cache key.
     """
 
     retention_ratio: float = 1.0
@@ -125,6 +127,8 @@ class ServingConfig:
     policy_digest: str = ""
     max_frames: int = DEFAULT_MAX_FRAMES
     max_pixels: int | None = None
+    selectors: dict[str, str] = field(default_factory=dict)
+    selector_digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention_ratio", check_retention_ratio(self.retention_ratio))
@@ -144,6 +148,10 @@ class ServingConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"score config: {name} must be an integer >= {least}, got {value!r}")
+        for name in ("selectors", "selector_digests"):
+            given = getattr(self, name)
+            if not isinstance(given, dict) or not all(isinstance(v, str) for pair in given.items() for v in pair):
+                raise ValueError(f"score config: {name} must map methods to strings, got {given!r}")
         if "score" in self.methods and not self.policy:
             raise ValueError("score config: method 'score' needs policy, the directory of a trained retention policy")
 
@@ -178,5 +186,5 @@ class ServingConfig:
 
         K is a function of this ratio and of the grid, which the pixels and the processor's options determine.
         """
-        digest = self.policy_digest if method == "score" else ""
+        digest = self.policy_digest if method == "score" else self.selector_digests.get(method, "")
         return f"{method}:{digest}:{float(retention_ratio)!r}"

@@ -87,6 +87,11 @@ class RetentionPolicy(torch.nn.Module):
         logits = run(x, self.w_in, self.b_in, self.w_out, self.b_out, self.config.use_residual)
         return logits.view(x.shape[0], x.shape[1])
 
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.config.hidden_size
+
     def digest(self) -> str:
         """Hex digest of the configuration that changes scores and of every weight, for cache keys."""
         digest = hashlib.sha256(f"{self.config.method}:{self.config.use_residual}".encode())

@@ -43,8 +43,8 @@ class TokenSelection:
     """What a method kept of one video.
 
     Attributes:
-        indices: [K] int64, flat index ``t * N + n`` of each kept token; ascending, except in a peer's
-            ``reference`` mode where they stand in the order that the peer's own code emits.
+        indices: [K] int64, flat index ``t * N + n`` of each kept token; ascending and each
+            once, except in a ``reference`` mode: there they stand as the published code emits them.
         embeddings: [K, D] rows handed to the LLM, in the dtype of the input. For selecting methods they
             are ``x.reshape(T * N, D)[indices]``; merging methods write merged rows.
         scores: [T * N] float32, higher is kept first; inside a frame or segment where the method gives each
@@ -73,8 +73,8 @@ class TokenSelection:
             raise ValueError(
                 f"TokenSelection.scores must be [{total}] float32, got {tuple(self.scores.shape)} {self.scores.dtype}"
             )
-        if not 1 <= self.indices.shape[0] <= total:
-            raise ValueError(f"TokenSelection keeps {self.indices.shape[0]} of {total} tokens; must be 1..{total}")
+        if not self.indices.shape[0]:
+            raise ValueError(f"TokenSelection keeps 0 of {total} tokens; must keep at least 1")
 
     @property
     def num_retained(self) -> int:

@@ -49,6 +49,14 @@ def add_options(parser: Any) -> None:
         help="retention policy for --method score: a directory or a hub id",
     )
     group.add_argument(
+        "--selector",
+        action="append",
+        default=[],
+        metavar="[METHOD=]SOURCE",
+        help="trained weights of a learned method other than score: a directory, or a hub id of which the method's own "
+        "tensors alone are fetched; may be given once per method",
+    )
+    group.add_argument(
         "--max-frames",
         type=_positive_int,
         default=None,

@@ -13,6 +13,7 @@ from score_vllm.architectures import BY_NAME, REFUSED, Architecture
 from score_vllm.catalog import TRAIN_COMMAND, ResolvedModel, UsageError, resolve_model
 from score_vllm.config import MEDIA_CONNECTOR, SPECULATIVE_METHODS, ServingConfig
 from score_vllm.models.worker import WORKER_EXTENSION
+from score_vllm.server.selectors import resolve_selectors
 
 TRAINING_FREE_METHOD = "vidcom2"
 # Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
@@ -240,7 +241,11 @@ def configure(args: argparse.Namespace) -> str | None:
     if policy is not None:
         policy, digest = check_policy(policy, hidden_size, architecture.name)
     frames = apply_media_options(args, architecture)
-    serving = ServingConfig(args.retention, method, args.allow_methods, policy, digest, frames, args.max_pixels)
+    chosen = (method, *(name for name in args.allow_methods if name != method))
+    selectors = resolve_selectors(args.selector, chosen, hidden_size, architecture.name)
+    serving = ServingConfig(
+        args.retention, method, args.allow_methods, policy, digest, frames, args.max_pixels, *selectors
+    )
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}

@@ -145,6 +145,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def write_selector(model: Path, directory: Path) -> Path:
+    """Random VisionSelector weights of a model's width."""
+    from transformers import AutoConfig
+
+    from score_vllm.methods.visionselector_weights import SelectorWeights
+
+    SelectorWeights.random(AutoConfig.from_pretrained(model).get_text_config().hidden_size).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_selector(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Random VisionSelector weights for the tiny model."""
+    return write_selector(tiny_model, tmp_path_factory.mktemp("selector") / "selector")
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A retention policy for the tiny model."""

@@ -81,7 +81,7 @@ class VllmEngine(Engine):
         """Milliseconds of one prefill."""
         self.ask(seed, ratio, method)
         compressor, forward = self.ms["compressor"], self.ms["forward"]
-        if method is not None and methods.get(method).needs_saliency:
+        if method is not None and methods.get(method).saliency:
             compressor += self.ms["saliency"]
         return {"compressor": compressor, "llm_forward": forward, "total": compressor + forward}
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import RESULTS, ratios
 from benchmarks.report import publish
-from score_vllm import RetentionPolicy, VideoGrid, select_tokens
+from score_vllm import RetentionPolicy, VideoGrid, methods, select_tokens
 from score_vllm.train.world.language_stage import Words, forward
 from score_vllm.train.world.question_blocks import blocks_right
 from score_vllm.train.world.render import render
@@ -31,15 +31,26 @@ from score_vllm.train.world.scenes import make_clip
 from score_vllm.train.world.vision_stage import through_codec
 from score_vllm.vision.tower import VisionTower
 
-METHODS = ("random", "uniform", "evs", "vidcom2", "fastvid", "holitom", "dycoke")
+METHODS = (
+    "random",
+    "uniform",
+    "evs",
+    "vidcom2",
+    "vcast",
+    "fastvid",
+    "holitom",
+    "dycoke",
+    "flashvid",
+    "tango",
+)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An encoded clip and its questions: x [T, N, D] float32, saliency [T, N], (kind, text, answer) each."""
+    """An encoded clip and its questions: x [T, N, D] fp32, saliency [T, N] of each kind, (kind, text, answer) each."""
 
     x: torch.Tensor
-    saliency: torch.Tensor
+    saliency: dict[str, torch.Tensor]
     grid: VideoGrid
     questions: tuple[tuple[str, str, str], ...]
 
@@ -109,7 +120,15 @@ def answer(
                 rows.append(flat)
                 indices.append(torch.arange(len(flat)))
             else:
-                made = select_tokens(clip.x, ratio, candidate.method, candidate.policy, clip.saliency)
+                ranked_by = methods.get(candidate.method).saliency or ""
+                made = select_tokens(
+                    clip.x,
+                    ratio,
+                    candidate.method,
+                    candidate.policy,
+                    clip.saliency.get(ranked_by),
+                    grid=clip.grid,
+                )
                 rows.append(made.embeddings)
                 indices.append(made.indices)
             kept += len(rows[-1])

@@ -1,8 +1,8 @@
-"""Selection methods behind one door. A method is a function registered under a name.
+"""Selection methods behind one API. A method is a function registered under a name.
 
 A method takes ``x`` [T, N, D] and ``num_retained`` (K) and returns either
 
-* scores [T * N] float32 (higher is kept first): the door keeps the K best, ties to the lower index; or
+* scores [T * N] float32 (higher is kept first): the K best are kept, ties to the lower index; or
 * a :class:`~score_vllm.types.TokenSelection`, where the method does not rank single tokens.
 
 Example, a method of your own::
@@ -17,19 +17,20 @@ Example, a method of your own::
 
 Keyword-only parameters of the function become the method's options: ``def norm(x, num_retained, *, p=2.0)``
 makes ``select_tokens(x, 0.1, method="norm", p=1.0)`` work and refuses any other option. A parameter named
-``policy``, ``saliency``, ``frame_features`` or ``variant`` receives the door's argument of that name.
+as in :data:`SIGNALS` receives the argument of that name of :func:`~score_vllm.select.select_tokens`.
 
-A peer has two modes. ``exact`` (default, and the only one that is served) keeps exactly K tokens in
+A published method has two modes. ``exact`` (default, and the only one that is served) keeps exactly K tokens in
 ascending order, without randomness, with decisions in fp32, for every video and ratio. ``reference`` gives
-index for index and row for row what the peer's own code gives, its miscounts and refusals included.
+index for index and row for row what its own code gives, its miscounts and refusals included.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -40,13 +41,60 @@ ReferenceFunction = Callable[..., TokenSelection]
 
 MODES = ("exact", "reference")
 
-# Arguments that the door passes to a method; any other keyword-only parameter is the method's own option.
-DOOR_ARGUMENTS = ("x", "num_retained", "retention_ratio", "policy", "saliency", "frame_features", "variant")
+# Arguments of select_tokens that a method may take; any other keyword-only parameter is its own option.
+SIGNALS = (
+    "policy",
+    "weights",
+    "saliency",
+    "frame_features",
+    "grid",
+    "seconds",
+    "text_before",
+    "text_after",
+    "variant",
+)
+# Kinds of saliency; score_vllm.vision.saliency computes them.
+# "frame": attention of a frame's mean query over its merge units (FastVID for Qwen2.5-VL).
+# "patch": attention that each patch gets from all patches of its frame (FlashVID for Qwen).
+SALIENCY_KINDS = ("frame", "patch")
 
 
 def _own_options(function: Callable[..., Any]) -> tuple[str, ...]:
     parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DOOR_ARGUMENTS)
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SIGNALS)
+
+
+class Learned(Protocol):
+    """Trained weights of a method."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D of the tokens that they read."""
+
+    def digest(self) -> str:
+        """Of their content; part of the cache key of what they select."""
+
+    def to(self, device: Any) -> Any:
+        """The same on a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where a method's trained weights come from.
+
+    Attributes:
+        argument: signal that carries them, out of :data:`SIGNALS`.
+        flag: score-serve's option that names them.
+        load: reads them from a directory; FileNotFoundError, ValueError.
+        wanted: not None for the names of a checkpoint's tensors that belong to them.
+        architectures: models that they exist for; empty: any of their width.
+    """
+
+    argument: str
+    flag: str
+    load: Callable[[str], Learned]
+    wanted: Callable[[str], str | None]
+    architectures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +107,9 @@ class Method:
         options: the options that ``function`` takes.
         reference: ``reference`` mode: ``(x, retention_ratio, **keywords)``, or None where there is none.
         variants: known values of ``variant=``, the default first; empty where there is only one.
-        needs_saliency: True where the published method ranks by a saliency from attention maps, so that
-            running without ``saliency=`` uses a stand-in that is not the published method.
+        saliency: kind of attention that the published method ranks by, out of :data:`SALIENCY_KINDS`; without
+            ``saliency=`` it ranks by the L2 norm, which is not the published method. None: it ranks by none.
+        weights: its trained weights, without which it cannot run; None for training-free methods.
     """
 
     name: str
@@ -68,12 +117,8 @@ class Method:
     options: tuple[str, ...]
     reference: ReferenceFunction | None = None
     variants: tuple[str, ...] = ()
-    needs_saliency: bool = False
-
-    @property
-    def needs_policy(self) -> bool:
-        """True where the method cannot run without trained weights."""
-        return self.name == "score"
+    saliency: str | None = None
+    weights: Weights | None = None
 
     def options_in(self, mode: str) -> tuple[str, ...]:
         """Names of the options that the method takes in that mode."""
@@ -88,7 +133,8 @@ def register(
     *,
     reference: ReferenceFunction | None = None,
     variants: Sequence[str] = (),
-    needs_saliency: bool = False,
+    saliency: str | None = None,
+    weights: Weights | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Decorator that makes a function available as ``method=name``; see the module's example.
 
@@ -96,11 +142,13 @@ def register(
         name: lower-case identifier, not taken yet (registering the same function again is allowed).
         reference: the method's ``reference`` mode, if it has one.
         variants: known values of ``variant=``, the default first.
-        needs_saliency: see :class:`Method`.
+        saliency, weights: see :class:`Method`.
 
     Raises:
-        ValueError: the name is not an identifier or belongs to another function.
+        ValueError: the name is not an identifier or belongs to another function, or the saliency is of no known kind.
     """
+    if saliency not in (None, *SALIENCY_KINDS):
+        raise ValueError(f"saliency of method {name!r} must be None or one of {SALIENCY_KINDS}, got {saliency!r}")
     if not name.isidentifier() or name != name.lower():
         raise ValueError(f"method name must be a lower-case identifier, got {name!r}")
 
@@ -108,7 +156,7 @@ def register(
         known = _METHODS.get(name)
         if known is not None and known.function is not function:
             raise ValueError(f"method {name!r} is registered already, by {known.function.__module__}")
-        _METHODS[name] = Method(name, function, _own_options(function), reference, tuple(variants), needs_saliency)
+        _METHODS[name] = Method(name, function, _own_options(function), reference, tuple(variants), saliency, weights)
         return function
 
     return wrap
@@ -171,15 +219,15 @@ def check_variant(method: Method, variant: str | None) -> str | None:
 
 
 def call(
-    function: Callable[..., Any], x: torch.Tensor, amount: float, door: dict[str, Any], own: dict[str, Any]
+    function: Callable[..., Any], x: torch.Tensor, amount: float, signals: dict[str, Any], own: dict[str, Any]
 ) -> Any:
-    """Call a method's function with the door's arguments that its signature has room for.
+    """Call a method's function with the signals that its signature has room for.
 
     Args:
         function: of either mode.
         x: [T, N, D].
         amount: K in ``exact`` mode, the ratio in ``reference`` mode.
-        door: the door's keyword arguments.
+        signals: by name, see :data:`SIGNALS`.
         own: the method's options, checked already.
 
     Returns:
@@ -187,15 +235,23 @@ def call(
     """
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        door = {name: value for name, value in door.items() if name in parameters}
-    return function(x, amount, **door, **own)
+        signals = {name: value for name, value in signals.items() if name in parameters}
+    return function(x, amount, **signals, **own)
 
 
 # Registered on import, each under its own name.
-from score_vllm.methods import baselines as _baselines  # noqa: E402,F401
-from score_vllm.methods import dycoke as _dycoke  # noqa: E402,F401
-from score_vllm.methods import evs as _evs  # noqa: E402,F401
-from score_vllm.methods import fastvid as _fastvid  # noqa: E402,F401
-from score_vllm.methods import holitom as _holitom  # noqa: E402,F401
-from score_vllm.methods import score as _score  # noqa: E402,F401
-from score_vllm.methods import vidcom2 as _vidcom2  # noqa: E402,F401
+for _name in (
+    "baselines",
+    "cacovid",
+    "dycoke",
+    "evs",
+    "fastvid",
+    "flashvid",
+    "holitom",
+    "score",
+    "tango",
+    "vcast",
+    "vidcom2",
+    "visionselector",
+):
+    importlib.import_module(f"score_vllm.methods.{_name}")

@@ -150,7 +150,7 @@ def reference(
     return _carry_out(x, ranking, plan, variant == "llavaov", s.beta)
 
 
-@register("fastvid", reference=reference, variants=tuple(DEFAULTS), needs_saliency=True)
+@register("fastvid", reference=reference, variants=tuple(DEFAULTS), saliency="frame")
 def fastvid(
     x: torch.Tensor,
     num_retained: int,

@@ -106,12 +106,26 @@ def plan_reference(counts: np.ndarray, per_frame: int, ratio: float) -> Plan:
 
 def plan_exact(counts: np.ndarray, per_frame: int, num_retained: int) -> Plan:
     """Counts that sum to exactly K: the peer's shares, with cumulative rounding in place of its ceil and round."""
-    windows, gain = best_windows(counts)
-    statics = _statics(counts, windows)
+    windows, _gain = best_windows(counts)
+    return share_windows(windows, _statics(counts, windows), per_frame, num_retained)
+
+
+def share_windows(windows: list[tuple[int, int]], statics: list[int], per_frame: int, num_retained: int) -> Plan:
+    """Share K over static places (once per window) and dynamic ones (frame by frame), in proportion to their number.
+
+    Args:
+        windows: first and last frame of each.
+        statics: static places of each; 0 for windows of one frame.
+        per_frame: N.
+        num_retained: K.
+
+    Returns:
+        The plan; what passes the number of places becomes ``copies``.
+    """
     capacities = []
     for fixed, (a, b) in zip(statics, windows, strict=True):
         capacities += [fixed] + [per_frame - fixed] * (b - a + 1)
-    fits = counts.shape[0] * per_frame - gain
+    fits = sum(capacities)
     shares = proportional_share(min(num_retained, fits), capacities)
     plan = Plan(windows, statics, [], [], max(0, num_retained - fits))
     at = 0
@@ -239,7 +253,7 @@ def reference(
     return selection
 
 
-@register("holitom", reference=reference, variants=("official", "port"), needs_saliency=True)
+@register("holitom", reference=reference, variants=("official", "port"), saliency="frame")
 def holitom(
     x: torch.Tensor,
     num_retained: int,

@@ -25,16 +25,19 @@ def squared_distances(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (rows.square().sum(-1)[:, :, None] + norms[:, None, :] - 2 * products).clamp_(min=0)
 
 
-def _peak_scores(z: torch.Tensor, valid: torch.Tensor, neighbours: int, step: int) -> torch.Tensor:
+def _peak_scores(
+    z: torch.Tensor, valid: torch.Tensor, neighbours: int, step: int, scale: float, count_self: bool
+) -> torch.Tensor:
     """:func:`density_peaks` of frames that fit in memory together, ``step`` rows of distances at a time."""
-    _frames, count, d = z.shape
+    count = z.shape[1]
+    others = 0 if count_self else 1
     # Distances do not change under a shift; small norms lose less to cancellation.
     z = z - (z * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]
     columns = torch.arange(count, device=z.device)
     density, farthest = torch.empty_like(z[..., 0]), torch.zeros_like(z[:, 0, 0])
 
     def block(start: int, stop: int) -> torch.Tensor:
-        d2 = squared_distances(z[:, start:stop], z) / d
+        d2 = squared_distances(z[:, start:stop], z) / scale
         # A token's distance to itself is 0, not what rounding makes of it.
         return d2.masked_fill_(columns[start:stop, None] == columns, 0.0)
 
@@ -47,9 +50,9 @@ def _peak_scores(z: torch.Tensor, valid: torch.Tensor, neighbours: int, step: in
     for start in range(0, count, step):
         stop = min(start + step, count)
         d2 = (block(start, stop) if whole is None else whole).masked_fill(~valid[:, None, :], torch.inf)
-        nearest = d2.topk(min(neighbours, count), dim=-1, largest=False).values
+        nearest = d2.topk(min(neighbours + others, count), dim=-1, largest=False).values
         found = nearest.isfinite()
-        mean = torch.where(found, nearest, 0.0).sum(-1) / found.sum(-1)
+        mean = torch.where(found, nearest, 0.0).sum(-1) / (found.sum(-1) - others).clamp(min=1)
         density[:, start:stop] = torch.exp(-mean)
         inside = torch.where(d2.isfinite() & valid[:, start:stop, None], d2, 0.0)
         farthest = torch.maximum(farthest, inside.amax(dim=(1, 2)))
@@ -66,18 +69,28 @@ def _peak_scores(z: torch.Tensor, valid: torch.Tensor, neighbours: int, step: in
     return scores.masked_fill_(~valid, -torch.inf)
 
 
-def density_peaks(x: torch.Tensor, frames: torch.Tensor, valid: torch.Tensor, neighbours: int) -> torch.Tensor:
+def density_peaks(
+    x: torch.Tensor,
+    frames: torch.Tensor,
+    valid: torch.Tensor,
+    neighbours: int,
+    *,
+    scale: float | None = None,
+    count_self: bool = True,
+) -> torch.Tensor:
     """Density-peak score of every token inside its frame (DPC score, FastVID common pieces).
 
-    Density is ``exp(-mean of the smallest squared distances / D)``, the token itself included; the score is
-    density times the distance to the nearest denser token, or the frame's largest distance where there is
-    none. Of equally dense tokens the peers let noise of 1e-6 decide which is denser; here it is the first.
+    Density is ``exp(-mean of the smallest squared distances / scale)``; the score is density times the distance to
+    the nearest denser token, or the frame's largest distance where there is none. Of equally dense tokens the
+    published codes let noise of 1e-6 decide which is denser; here it is the first.
 
     Args:
         x: [T, N, D] tokens.
         frames: [B] int64: the frames to look at.
         valid: [B, N] bool: the tokens that count, at least one in each frame.
         neighbours: how many smallest distances make the density; fewer where fewer tokens count.
+        scale: of squared distances; None: D.
+        count_self: whether the token itself, at distance 0, is one of the neighbours.
 
     Returns:
         [B, N] float32; -inf where not valid.
@@ -89,7 +102,7 @@ def density_peaks(x: torch.Tensor, frames: torch.Tensor, valid: torch.Tensor, ne
     scores = []
     for start in range(0, frames.shape[0], together):
         z = x[frames[start : start + together]].float()
-        scores.append(_peak_scores(z, valid[start : start + together], neighbours, step))
+        scores.append(_peak_scores(z, valid[start : start + together], neighbours, step, scale or d, count_self))
     return torch.cat(scores)
 
 

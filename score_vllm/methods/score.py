@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from score_vllm.methods import register
+from score_vllm.methods import Weights, register
 from score_vllm.policy import RetentionPolicy
 
 
-@register("score")
+@register("score", weights=Weights("policy", "--policy", RetentionPolicy.from_pretrained, lambda name: name))
 def score(x: torch.Tensor, num_retained: int, *, policy: RetentionPolicy | None = None, **_: Any) -> torch.Tensor:
     """Logits of the policy for every token.
 

@@ -48,19 +48,31 @@ class VideoCompressor:
         serving: the serving configuration.
         hidden_size: D of the language model.
         architecture: vLLM's name of the model.
+        tokens_per_second: positions per second of video, where the model's positions follow the clock.
 
     Raises:
-        ValueError: unknown method, or a policy that does not fit the model.
-        FileNotFoundError: the policy directory is missing or incomplete.
+        ValueError: unknown method, or weights that do not fit the model.
+        FileNotFoundError: a directory of weights is missing or incomplete.
     """
 
-    def __init__(self, serving: ServingConfig, hidden_size: int, architecture: str) -> None:
+    def __init__(
+        self, serving: ServingConfig, hidden_size: int, architecture: str, tokens_per_second: float | None = None
+    ) -> None:
         self.serving = serving
         self.hidden_size = hidden_size
+        self.tokens_per_second = tokens_per_second
         # One worker per tensor-parallel group reports, or every video would count several times.
         self.stats = CompressorStats(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
+        # Weights of the learned methods besides score, on the CPU until prepare() moves them.
+        self.learned: dict[str, Any] = {}
         for name in serving.methods:
-            methods.get(name)
+            if methods.get(name).weights is not None and name != "score":
+                source = serving.selectors.get(name)
+                if source is None:
+                    raise ValueError(f"method {name!r} needs the directory of its weights in selectors")
+                self.learned[name] = load_weights(name, source, hidden_size, architecture)
+                if serving.selector_digests.get(name, "") not in ("", self.learned[name].digest()):
+                    raise ValueError(f"selector {source} changed on disk while the server was starting; start it again")
         self.policy: RetentionPolicy | None = None
         self._weights: PolicyWeights | None = None
         if serving.policy is not None:
@@ -76,13 +88,17 @@ class VideoCompressor:
         Returns:
             The packed tensors by name. Whoever frees or restores the model's memory must know of them.
         """
+        named: dict[str, torch.Tensor] = {}
+        for method, learned in self.learned.items():
+            self.learned[method] = learned.to(device)
+            named |= {f"{method}_{name}": tensor for name, tensor in self.learned[method].named_tensors().items()}
         if self.policy is None:
-            return {}
+            return named
         weights = self._policy_weights(dtype, device)
         if device.type == "cuda":
             ops.warm_up(weights, row_width)
-        named = {field.name: getattr(weights, field.name) for field in fields(weights)}
-        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+        packed = {field.name: getattr(weights, field.name) for field in fields(weights)}
+        return named | {name: value for name, value in packed.items() if isinstance(value, torch.Tensor)}
 
     def _policy_weights(self, dtype: torch.dtype, device: torch.device) -> PolicyWeights:
         """The policy in the dtype and on the device of the tokens, cast once."""
@@ -97,7 +113,7 @@ class VideoCompressor:
     @property
     def needs_saliency(self) -> bool:
         """True where a served method ranks by attention."""
-        return any(methods.get(name).needs_saliency for name in self.serving.methods)
+        return any(methods.get(name).saliency for name in self.serving.methods)
 
     def compress(
         self,
@@ -131,7 +147,18 @@ class VideoCompressor:
                 measured.has_nan = out.has_nan
                 return out.buffer
             read = video[..., : self.hidden_size]
-            kept, measured.has_nan = select_retained(read, num_retained, method, saliency=saliency)
+            seconds = None
+            if self.tokens_per_second:
+                seconds = torch.from_numpy(layout.cells[:, 1] / self.tokens_per_second)
+            kept, measured.has_nan = select_retained(
+                read,
+                num_retained,
+                method,
+                saliency=saliency,
+                grid=layout.grid,
+                seconds=seconds,
+                weights=self.learned.get(method),
+            )
             return ops.gather(video, kept.indices, table, learned=learned, rows=kept.embeddings)
 
 
@@ -154,6 +181,28 @@ def load_policy(directory: str, hidden_size: int, architecture: str) -> Retentio
     if trained_for != architecture:
         raise ValueError(f"policy {directory} was made for {trained_for}, but the model is a {architecture}")
     return policy
+
+
+def load_weights(method: str, directory: str, hidden_size: int, architecture: str) -> methods.Learned:
+    """Load a learned method's weights and check that they were made for the model's tokens.
+
+    Raises:
+        ValueError: their width or architecture differs from the model's; both are in the message.
+        FileNotFoundError: the directory has no weights.
+    """
+    spec = methods.get(method).weights
+    assert spec is not None
+    if spec.architectures and architecture not in spec.architectures:
+        raise ValueError(
+            f"method {method!r} exists for {', '.join(spec.architectures)}, but the model is {architecture}"
+        )
+    learned = spec.load(directory)
+    if learned.hidden_size != hidden_size:
+        raise ValueError(
+            f"selector {directory} was made for hidden size {learned.hidden_size}, "
+            f"but the model has hidden size {hidden_size}"
+        )
+    return learned
 
 
 def check_engine_config(config: VllmConfig) -> None:
@@ -197,6 +246,8 @@ class CompressionModelMixin:
     requires_sequential_video_encoding = True
 
     compressor: VideoCompressor | None = None
+    # Positions per second of video, where the model's positions follow the clock.
+    tokens_per_second: float | None = None
     _position_offsets: torch.Tensor
 
     @property
@@ -222,7 +273,9 @@ class CompressionModelMixin:
         model_config = vllm_config.model_config
         hidden_size, architecture = model_config.get_hidden_size(), model_config.architecture
         # Past the parameters on purpose: the checkpoint loader must not look for the policy's weights.
-        object.__setattr__(self, "compressor", VideoCompressor(serving, hidden_size, architecture))
+        object.__setattr__(
+            self, "compressor", VideoCompressor(serving, hidden_size, architecture, self.tokens_per_second)
+        )
         assert self.compressor is not None
         device = vllm_config.device_config.device
         packed = self.compressor.prepare(vllm_config.model_config.dtype, device, self.row_width)
@@ -248,11 +301,11 @@ class CompressionModelMixin:
                 spans.append(VisualSpan.unpruned(start, self.image_layout(feature.data, length)))
         return spans
 
-    def ranks_by_attention(self, fields: Mapping[str, Any]) -> list[bool]:
-        """Per video whether its method needs a saliency."""
+    def saliency_kinds(self, fields: Mapping[str, Any]) -> list[str | None]:
+        """Per video the kind of saliency that its method ranks by."""
         assert self.compressor is not None
         names = self.compressor.serving.methods
-        return [methods.get(names[int(index)]).needs_saliency for index in fields[METHOD_INDEX_KEY]]
+        return [methods.get(names[int(index)]).saliency for index in fields[METHOD_INDEX_KEY]]
 
     def compress_videos(
         self, fields: Mapping[str, Any], encoded: Iterable[tuple[torch.Tensor, torch.Tensor | None]]

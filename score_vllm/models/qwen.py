@@ -52,21 +52,24 @@ class QwenModelMixin(CompressionModelMixin):
         if self.compressor is None:
             return super()._process_video_input(video_input)  # type: ignore[misc]
         inputs, fields = video_input
-        return self.compress_videos(fields, self._encode_videos(inputs, self.ranks_by_attention(fields)))
+        return self.compress_videos(fields, self._encode_videos(inputs, self.saliency_kinds(fields)))
 
     def _encode_videos(
-        self, inputs: Mapping[str, Any], ranked: list[bool]
+        self, inputs: Mapping[str, Any], ranked: list[str | None]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         merge_size = self.visual.spatial_merge_size
         kind = inputs["type"]
         # Pixels come as one row per patch, precomputed embeddings as one per merged token.
         rows_per_patch = 1 if kind == "pixel_values_videos" else merge_size**2
         start = 0
-        for thw, needed in zip(inputs["video_grid_thw"], ranked, strict=True):
+        for thw, ranked_by in zip(inputs["video_grid_thw"], ranked, strict=True):
             stop = start + int(thw.prod()) // rows_per_patch
             one = {"type": kind, kind: inputs[kind][start:stop], "video_grid_thw": thw[None]}
-            listener = self._saliency if needed and kind == "pixel_values_videos" else None
+            listener = self._saliency if ranked_by and kind == "pixel_values_videos" else None
             with nullcontext() if listener is None else listener.listen():
                 (x,) = super()._process_video_input(one)  # type: ignore[misc]
-            yield x, None if listener is None else listener.take(thw.tolist(), grid_of(thw, merge_size))
+            saliency = None
+            if listener is not None and ranked_by is not None:
+                saliency = listener.take(thw.tolist(), grid_of(thw, merge_size), ranked_by)
+            yield x, saliency
             start = stop

@@ -55,4 +55,5 @@ class ScoreQwen2_5_VLForConditionalGeneration(QwenModelMixin, Qwen2_5_VLForCondi
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.tokens_per_second = float(vllm_config.model_config.hf_config.vision_config.tokens_per_second)
         self._setup_compression(vllm_config)

@@ -14,7 +14,7 @@ import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
 from score_vllm.types import VideoGrid
-from score_vllm.vision.saliency import frame_saliency
+from score_vllm.vision.saliency import KINDS
 
 
 def check_saliency_config(config: Any) -> None:
@@ -25,13 +25,12 @@ def check_saliency_config(config: Any) -> None:
     """
     if config.model_config.get_multimodal_config().mm_encoder_tp_mode == "data":
         raise ValueError(
-            "methods that rank by attention (fastvid, holitom) do not support --mm-encoder-tp-mode data: "
+            "methods that rank by attention do not support --mm-encoder-tp-mode data: "
             "each rank sees some of the videos only; use the mode 'weights' or another method"
         )
     if getattr(config.compilation_config, "compile_mm_encoder", False):
         raise ValueError(
-            "methods that rank by attention (fastvid, holitom) do not support compile_mm_encoder: "
-            "a compiled tower does not call the hook"
+            "methods that rank by attention do not support compile_mm_encoder: a compiled tower does not call the hook"
         )
 
 
@@ -67,12 +66,13 @@ class AttentionSaliency:
         finally:
             self._listening = False
 
-    def take(self, patch_grid: list[int], grid: VideoGrid) -> torch.Tensor:
+    def take(self, patch_grid: list[int], grid: VideoGrid, kind: str) -> torch.Tensor:
         """Saliency of the video that the tower has just seen.
 
         Args:
             patch_grid: its [t, h, w] in patches.
             grid: its token grid.
+            kind: of saliency, out of :data:`score_vllm.vision.saliency.KINDS`.
 
         Returns:
             [T, N] float32, in the order of the merger's output.
@@ -80,7 +80,7 @@ class AttentionSaliency:
         assert self._captured is not None, "the tower has not run"
         query, key = self._captured
         self._captured = None
-        summed = frame_saliency(query, key, grid.t, self._visual.spatial_merge_size**2)
+        summed = KINDS[kind](query, key, grid.t, self._visual.spatial_merge_size**2)
         if self._parallel:
             summed = tensor_model_parallel_all_reduce(summed)
         mean = summed / self._total_heads

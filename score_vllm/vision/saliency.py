@@ -6,6 +6,7 @@ each merge unit, softmax over the frame's units, mean over heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,40 @@ def frame_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merg
     return logits.softmax(-1).sum(1)
 
 
+# Logits held at once, in fp32.
+_PATCH_LOGITS = 2**24
+
+
+def patch_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merge_unit: int) -> torch.Tensor:
+    """Attention that each token gets from all patches of its frame, summed over heads; computed in chunks of queries.
+
+    Args:
+        query, key, num_frames, merge_unit: as of :func:`frame_saliency`.
+
+    Returns:
+        [T, N] float32, summed (not yet averaged) over the H heads: per frame the mean over queries of the softmax over
+        its patches, then the mean over a unit's patches.
+
+    Source: FlashVID's code for Qwen2.5-VL.
+    """
+    heads, width = query.shape[-2:]
+    queries = query.view(num_frames, -1, heads, width).transpose(1, 2)  # [T, H, P, d]
+    keys = key.view(num_frames, -1, heads, width).transpose(1, 2)
+    patches = queries.shape[2]
+    step = max(1, _PATCH_LOGITS // (heads * patches))
+    out = torch.zeros(num_frames, patches, dtype=torch.float32, device=query.device)
+    for t in range(num_frames):
+        frame_keys = keys[t].float().transpose(1, 2) * width**-0.5
+        for start in range(0, patches, step):
+            logits = queries[t, :, start : start + step].float() @ frame_keys
+            out[t] += logits.softmax(-1).sum(dim=(0, 1))
+    return (out / patches).view(num_frames, -1, merge_unit).mean(-1)
+
+
+KINDS = {"frame": frame_saliency, "patch": patch_saliency}
+SALIENCY_KINDS = tuple(KINDS)
+
+
 class TowerSaliency:
     """Listens to the last full-attention block of one of transformers' Qwen towers.
 
@@ -60,29 +95,31 @@ class TowerSaliency:
         qkv = attention.qkv(hidden).reshape(hidden.shape[0], 3, self._heads, -1)
         self._captured = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], *kwargs["position_embeddings"])
 
-    def take(self, patch_grid: torch.Tensor, grid: VideoGrid) -> torch.Tensor:
+    def take(self, patch_grid: torch.Tensor, grid: VideoGrid, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
         """Saliency of the video that the tower has just seen.
 
         Args:
             patch_grid: [1, 3] int64, its t, h, w in patches.
             grid: its token grid.
+            kinds: out of :data:`KINDS`.
 
         Returns:
-            [T, N] float32, in the order of the merger's output; every frame sums to 1.
+            [T, N] float32 of each kind, in the order of the merger's output.
         """
         from transformers.vision_utils import get_vision_window_index
 
         assert self._captured is not None, "the tower has not run"
         query, key = self._captured
         self._captured = None
-        mean = frame_saliency(query, key, grid.t, self._merge_unit) / self._heads
+        summed = {kind: KINDS[kind](query, key, grid.t, self._merge_unit) / self._heads for kind in kinds}
         if not self._windowed:
-            return mean
+            return summed
         config = self._tower.config
         window_index, _ = get_vision_window_index(
             patch_grid, config.spatial_merge_size, config.window_size, config.patch_size
         )
-        return mean.flatten()[window_index.argsort()].view(grid.t, grid.tokens_per_frame)
+        order, shape = window_index.argsort(), (grid.t, grid.tokens_per_frame)
+        return {kind: mean.flatten()[order].view(shape) for kind, mean in summed.items()}
 
 
 class SiglipSaliency:
@@ -107,10 +144,10 @@ class SiglipSaliency:
         hidden = args[0] if args else kwargs["hidden_states"]
         self._captured = attention.q_proj(hidden), attention.k_proj(hidden)
 
-    def take(self, patch_grid: torch.Tensor, grid: VideoGrid) -> torch.Tensor:
-        """Saliency of the frames that the tower has just seen, pooled like their features; [T, N] float32."""
+    def take(self, patch_grid: torch.Tensor, grid: VideoGrid, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Saliency of the frames that the tower has just seen, pooled like their features: [T, N] float32 of each kind."""
         assert self._captured is not None, "the tower has not run"
         query, key = (tensor.reshape(-1, self._heads, tensor.shape[-1] // self._heads) for tensor in self._captured)
         self._captured = None
-        patches = frame_saliency(query, key, grid.t, 1) / self._heads
-        return pool_frames(self._config, patches[..., None])[..., 0]
+        patches = {kind: KINDS[kind](query, key, grid.t, 1) / self._heads for kind in kinds}
+        return {kind: pool_frames(self._config, mean[..., None])[..., 0] for kind, mean in patches.items()}

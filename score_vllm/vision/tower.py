@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from score_vllm.layout import VideoLayout, grid_layout, timestamped_layout
 from score_vllm.types import VideoGrid
 from score_vllm.video import Resize
 from score_vllm.vision.pooling import frames_layout, pool_frames
-from score_vllm.vision.saliency import SiglipSaliency, TowerSaliency
+from score_vllm.vision.saliency import SALIENCY_KINDS, SiglipSaliency, TowerSaliency
 
 # transformers' model types whose towers read patches of two frames at a time.
 QWEN_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -100,14 +101,17 @@ class VisionTower:
         return rows, grid
 
     @torch.no_grad()
-    def encode_with_saliency(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
-        """:meth:`encode`, and the attention that ``fastvid`` and ``holitom`` rank by.
+    def encode_with_saliency(
+        self, frames: np.ndarray, kinds: Sequence[str] = SALIENCY_KINDS
+    ) -> tuple[torch.Tensor, VideoGrid, dict[str, torch.Tensor]]:
+        """:meth:`encode`, and the attention that some methods rank by.
 
         Args:
             frames: [F, H, W, 3] uint8 RGB, F >= 1.
+            kinds: which kinds of saliency; see :data:`score_vllm.methods.SALIENCY_KINDS`.
 
         Returns:
-            ``(x, grid, saliency)``: x is [T, N, D] in the tower's dtype, saliency [T, N] float32.
+            ``(x, grid, saliency)``: x is [T, N, D] in the tower's dtype, saliency [T, N] float32 of each kind.
 
         Raises:
             ValueError: the frames have another shape or dtype.
@@ -116,7 +120,7 @@ class VisionTower:
             llava = self.kind in LLAVA_TYPES
             self._saliency = SiglipSaliency(self.tower, self.config) if llava else TowerSaliency(self.tower)
         rows, grid, patch_grid = self._encode(frames)
-        return rows[..., : self.hidden_size], grid, self._saliency.take(patch_grid, grid)
+        return rows[..., : self.hidden_size], grid, self._saliency.take(patch_grid, grid, kinds)
 
     def layout(self, grid: VideoGrid, num_frames: int, fps: float) -> VideoLayout:
         """The span of a video in the prompt.

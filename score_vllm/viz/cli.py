@@ -7,10 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from score_vllm import RetentionPolicy, methods, select_tokens
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
 from score_vllm.config import FIRST_ARCHITECTURE
+from score_vllm.methods.tango import cell_seconds
 from score_vllm.types import TokenSelection
 from score_vllm.video import DecoderUnavailableError, VideoError
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, THINNINGS
@@ -29,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo", help="'demo', a short name, a directory or a hub id")
     parser.add_argument("--retention", type=float, default=0.1, metavar="RATIO", help="in (0, 1] (default: 0.1)")
     parser.add_argument("--method", default="score", metavar="NAMES", help=f"with commas between: {methods.names()}")
+    parser.add_argument("--selector", metavar="DIR", help="trained weights of a learned method other than score")
     parser.add_argument("--policy", default=None, metavar="DIR", help="retention policy for the method score")
     parser.add_argument("--fps", type=float, default=DEFAULT_FPS, help="frames per second read")
     parser.add_argument("--max-frames", type=int, default=DEFAULT_MAX_FRAMES, help="most frames read")
@@ -102,10 +106,22 @@ def run(args: argparse.Namespace) -> Path:
     trained_for = policy and (policy.config.architecture or FIRST_ARCHITECTURE)
     if trained_for and trained_for != tower.config.architectures[0]:
         raise UsageError(f"--policy was made for {trained_for}, but the model is a {tower.config.architectures[0]}")
-    x, grid, saliency = tower.encode_with_saliency(video.frames)
+    weights = {name: _selector(name, args.selector, tower.hidden_size) for name in names}
+    kinds = {kind for name in names if (kind := methods.get(name).saliency) is not None}
+    x, grid, saliency = tower.encode_with_saliency(video.frames, sorted(kinds))
+    seconds = torch.from_numpy(cell_seconds(video.times, grid.t))
     selections: dict[str, TokenSelection] = {}
     for name in names:
-        selections[name] = select_tokens(x, ratio, name, policy if name == "score" else None, saliency)
+        selections[name] = select_tokens(
+            x,
+            ratio,
+            name,
+            policy if name == "score" else None,
+            saliency.get(methods.get(name).saliency or ""),
+            weights=weights[name],
+            grid=grid,
+            seconds=seconds,
+        )
     # Two frames share a temporal cell, and the last one may stand alone: one picture per cell at least.
     theme = THEMES[args.theme]
     return draw(args.output, video.frames, grid, selections, times=video.times, cell_width=args.cell_width, theme=theme)
@@ -127,6 +143,24 @@ def _check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _selector(method: str, source: str | None, hidden_size: int) -> methods.Learned | None:
+    """The trained weights of a learned method other than score."""
+    spec = methods.get(method).weights
+    if spec is None or method == "score":
+        return None
+    if source is None:
+        raise UsageError(f"method {method} needs --selector DIR with its trained weights; see score-selector")
+    try:
+        learned = spec.load(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--selector: {error}") from error
+    if learned.hidden_size != hidden_size:
+        raise UsageError(
+            f"--selector was made for hidden size {learned.hidden_size}, but the model has hidden size {hidden_size}"
+        )
+    return learned
 
 
 def main(argv: list[str] | None = None) -> None:

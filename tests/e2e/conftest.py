@@ -16,6 +16,8 @@ import pytest
 
 from benchmarks.serving.process import free_port, running_process
 from score_vllm import methods
+from score_vllm.demo import demo_model
+from tests.conftest import write_selector
 
 API_KEY = "test-key"
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +60,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+# CaCoVID exists for LLaVA-OneVision alone.
+SERVED = [name for name in methods.names() if name != "cacovid"]
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Path], cache: Path) -> Iterator[Server]:
+def demo_selector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random VisionSelector weights for the demo model."""
+    return write_selector(demo_model(), tmp_path_factory.mktemp("selector") / "selector")
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Path], cache: Path, demo_selector: Path
+) -> Iterator[Server]:
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("server")
     media = folder / "media"
@@ -70,7 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Path], cac
     url = f"http://127.0.0.1:{port}"
     args = ["--model", "demo", "--retention", "0.1", "--host", "127.0.0.1", "--port", str(port)]
     args += ["--api-key", API_KEY, "--allowed-local-media-path", str(media), "--allowed-media-domains", "127.0.0.1"]
-    args += ["--allow-methods", ",".join(methods.names())]
+    args += ["--allow-methods", ",".join(SERVED), "--selector", str(demo_selector)]
     log = folder / "server.log"
     command = [str(SCORE_SERVE), *args]
     # Raises with the end of the log where the server does not start, or dies during the tests.

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from score_vllm import methods, num_retained_tokens
+from score_vllm import num_retained_tokens
 from score_vllm.demo import demo_clip, demo_model
 from score_vllm.video import decode_video
 
 openai = pytest.importorskip("openai")
 from benchmarks.serving.process import free_port  # noqa: E402
 
-from .conftest import API_KEY, ROOT, Server  # noqa: E402
+from .conftest import API_KEY, ROOT, SERVED, Server  # noqa: E402
 from .requests_of import ask, chat, check_counts, data_url, metrics, post  # noqa: E402
 
 RATIOS = (1.0, 0.25, 0.1)
@@ -102,7 +102,7 @@ def test_one_ratio_per_video(server: Server, clips: dict[str, Path]) -> None:
     assert [v["retention_ratio"] for v in both.score["videos"]] == [0.3, 0.3]
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", SERVED)
 def test_every_method_over_a_real_video(method: str, server: Server, shared_videos: Path) -> None:
     messages = ask(data_url(shared_videos / "nasa_13013.mp4"))
     for ratio in RATIOS:

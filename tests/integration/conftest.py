@@ -24,6 +24,9 @@ from score_vllm import methods
 from score_vllm.config import ServingConfig
 from score_vllm.plugin import ENCODER_CACHE_MANAGER
 
+# CaCoVID exists for LLaVA-OneVision alone.
+SERVED = [name for name in methods.names() if name != "cacovid"]
+
 # Every request is cut into chunks of this many tokens, so boundaries fall inside videos all the time.
 CHUNK = 16
 
@@ -46,14 +49,19 @@ class Engine:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model: Path, tiny_policy: Path) -> Iterator[Engine]:
+def engine(tiny_model: Path, tiny_policy: Path, tiny_selector: Path) -> Iterator[Engine]:
     """A compressed engine in fp32 with tiny prefill chunks and prefix caching."""
     pytest.importorskip("vllm")
     from vllm import LLM
     from vllm.config import EncoderCacheManagerConfig
 
-    others = tuple(name for name in methods.names() if name != "score")
-    serving = ServingConfig(0.1, "score", allowed_methods=others, policy=str(tiny_policy))
+    serving = ServingConfig(
+        0.1,
+        "score",
+        allowed_methods=tuple(name for name in SERVED if name != "score"),
+        policy=str(tiny_policy),
+        selectors={"visionselector": str(tiny_selector)},
+    )
     llm = LLM(
         model=str(tiny_model),
         hf_overrides=serving.to_overrides(),

@@ -12,11 +12,12 @@ pytest.importorskip("vllm")
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
+from score_vllm.methods.visionselector_weights import SelectorWeights
 from score_vllm.vision.tower import VisionTower
 
-from .conftest import Engine, make_video
+from .conftest import SERVED, Engine, make_video
 from .oracle import VisualItem, greedy
-from .test_oracle import VIDEO, check, expected_geometry, generate
+from .test_oracle import TOKENS_PER_SECOND, VIDEO, check, expected_geometry, generate
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,9 @@ def reference(tiny_model: Path) -> Qwen2_5_VLForConditionalGeneration:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4, 0.1])
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", SERVED)
 def test_oracle_holds_for_every_method(
-    method: str, ratio: float, engine: Engine, reference: Any, tiny_model: Path, tiny_policy: Path
+    method: str, ratio: float, engine: Engine, reference: Any, tiny_model: Path, tiny_policy: Path, tiny_selector: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     seed = 20_000 + 100 * methods.names().index(method) + int(10 * ratio)
@@ -44,6 +45,9 @@ def test_oracle_holds_for_every_method(
         method=method,
         policy=RetentionPolicy.from_pretrained(tiny_policy) if method == "score" else None,
         saliency=engine.saliency[0],
+        weights=SelectorWeights.from_pretrained(str(tiny_selector)),
+        grid=grid,
+        seconds=torch.from_numpy(layout.cells[:, 1] / TOKENS_PER_SECOND),
     )
     item = VisualItem(x, (grid.t, grid.h, grid.w), t_factor, kept.indices, kept.embeddings)
     video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
@@ -54,7 +58,7 @@ def test_oracle_holds_for_every_method(
 def test_methods_never_share_cache_entries(engine: Engine) -> None:
     video = make_video(8, 84, 84, seed=30_000)
     engine.clear()
-    for number, method in enumerate(methods.names(), start=1):
+    for number, method in enumerate(SERVED, start=1):
         output = generate(engine, f"{VIDEO}Which?", [video], ratio=0.4, num_tokens=1, method=method)
         assert len(engine.compressed) == number
         assert output.num_cached_tokens <= 1
@@ -111,7 +115,7 @@ def test_saliency_is_the_last_blocks_attention(
     assert engine.saliency[0].sum(1) == pytest.approx([1.0] * t, abs=1e-5)
     # Pictures and accuracy tables take it from transformers.
     _, _, ours = VisionTower(tiny_model).encode_with_saliency(frames)
-    torch.testing.assert_close(ours.flatten(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours["frame"].flatten(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["score", "evs"])

@@ -14,10 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
 from score_vllm.methods import common as shared
 from score_vllm.methods import merging
+from score_vllm.methods.cacovid import CacovidWeights
+from score_vllm.methods.visionselector_weights import SelectorWeights
 from score_vllm.select import select_retained
 
-PEERS = ("evs", "vidcom2", "fastvid", "holitom", "dycoke")
-SELECTING = ("evs", "vidcom2", "dycoke", "uniform", "random")
+LEARNED = ("visionselector", "cacovid")
+PEERS = ("evs", "vidcom2", "fastvid", "holitom", "dycoke", "vcast", "tango", "flashvid", *LEARNED)
+SELECTING = ("evs", "vidcom2", "dycoke", "vcast", *LEARNED, "uniform", "random")
 CALLS: list[tuple[str, str | None]] = [
     (name, variant) for name in (*PEERS, "uniform", "random") for variant in (methods.get(name).variants or (None,))
 ]
@@ -53,6 +56,24 @@ def make_video(frames: int, per_frame: int, d: int, kind: str, seed: int) -> tor
     }[kind]()
 
 
+def video_for(method: str, video: Any) -> torch.Tensor:
+    """:func:`make_video`, of an even width where the method's weights come in no other."""
+    frames, per_frame, d, kind, seed = video
+    return make_video(frames, per_frame, d + d % 2 if method in LEARNED else d, kind, seed)
+
+
+def weights_for(method: str, d: int) -> Any:
+    """Random weights of a learned method, which come in even widths only; None for the others."""
+    return (
+        {"visionselector": SelectorWeights, "cacovid": CacovidWeights}[method].random(d) if method in LEARNED else None
+    )
+
+
+def select(x: torch.Tensor, ratio: float, method: str, **keywords: Any) -> TokenSelection:
+    """:func:`select_tokens`, with weights where the method needs some."""
+    return select_tokens(x, ratio, method=method, weights=weights_for(method, x.shape[-1]), **keywords)
+
+
 def same(a: TokenSelection, b: TokenSelection) -> bool:
     return torch.equal(a.indices, b.indices) and torch.equal(a.embeddings, b.embeddings)
 
@@ -61,8 +82,8 @@ def same(a: TokenSelection, b: TokenSelection) -> bool:
 @given(video=videos, ratio=ratios)
 @common
 def test_count_order_and_determinism(method: str, variant: str | None, video: Any, ratio: float) -> None:
-    x = make_video(*video)
-    got = select_tokens(x, ratio, method=method, variant=variant)
+    x = video_for(method, video)
+    got = select(x, ratio, method=method, variant=variant)
     assert got.num_retained == num_retained_tokens(x.shape[0] * x.shape[1], ratio)
     assert bool((got.indices[1:] > got.indices[:-1]).all())
     assert int(got.indices[0]) >= 0
@@ -70,12 +91,12 @@ def test_count_order_and_determinism(method: str, variant: str | None, video: An
     assert got.embeddings.dtype == x.dtype
     assert bool(got.embeddings.isfinite().all())
     torch.manual_seed(video[4] % 97)  # the global generator must not matter
-    assert same(got, select_tokens(x, ratio, method=method, variant=variant))
+    assert same(got, select(x, ratio, method=method, variant=variant))
     if method in SELECTING:
         assert torch.equal(got.embeddings, x.reshape(-1, x.shape[2])[got.indices])
 
 
-@pytest.mark.parametrize("method", ["fastvid", "holitom", "dycoke"])
+@pytest.mark.parametrize("method", ["fastvid", "holitom", "dycoke", "vcast", "tango", "flashvid", "cacovid"])
 @given(video=videos, ratio=ratios, data=st.data())
 @common
 def test_every_mask_has_as_many_tokens_as_the_plan_says(method: str, video: Any, ratio: float, data: Any) -> None:
@@ -84,10 +105,10 @@ def test_every_mask_has_as_many_tokens_as_the_plan_says(method: str, video: Any,
         assert int(mask.sum()) == count
         return shared.masked_indices(mask, count)
 
-    variant = data.draw(st.sampled_from(methods.get(method).variants))
+    variant = data.draw(st.sampled_from(methods.get(method).variants or (None,)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"score_vllm.methods.{method}.masked_indices", checked)
-        select_tokens(make_video(*video), ratio, method=method, variant=variant)
+        select(video_for(method, video), ratio, method=method, variant=variant)
 
 
 @pytest.mark.parametrize(("method", "variant"), CALLS)
@@ -96,9 +117,9 @@ def test_every_mask_has_as_many_tokens_as_the_plan_says(method: str, video: Any,
 def test_ratio_one_returns_everything_unchanged(
     method: str, variant: str | None, video: Any, with_saliency: bool
 ) -> None:
-    x = make_video(*video).bfloat16()
+    x = video_for(method, video).bfloat16()
     saliency = torch.rand(x.shape[:2]) if with_saliency else None
-    got = select_tokens(x, 1.0, method=method, variant=variant, saliency=saliency)
+    got = select(x, 1.0, method=method, variant=variant, saliency=saliency)
     assert torch.equal(got.indices, torch.arange(x.shape[0] * x.shape[1]))
     assert torch.equal(got.embeddings, x.reshape(-1, x.shape[2]))
 
@@ -107,19 +128,19 @@ def test_ratio_one_returns_everything_unchanged(
 @given(first=videos, second=videos, ratio=ratios)
 @common
 def test_order_of_a_batch_does_not_matter(method: str, first: Any, second: Any, ratio: float) -> None:
-    x, y = make_video(*first), make_video(*second)
-    forward = [select_tokens(video, ratio, method=method) for video in (x, y)]
-    backward = [select_tokens(video, ratio, method=method) for video in (y, x)][::-1]
+    x, y = video_for(method, first), video_for(method, second)
+    forward = [select(video, ratio, method=method) for video in (x, y)]
+    backward = [select(video, ratio, method=method) for video in (y, x)][::-1]
     assert all(same(a, b) for a, b in zip(forward, backward, strict=True))
 
 
-@pytest.mark.parametrize("method", ["fastvid", "holitom"])
+@pytest.mark.parametrize("method", ["fastvid", "holitom", "tango", "flashvid"])
 @given(video=videos, ratio=ratios, seed=st.integers(0, 1000))
 @common
 def test_merged_rows_stay_inside_what_they_merge(method: str, video: Any, ratio: float, seed: int) -> None:
-    x = make_video(*video)
+    x = video_for(method, video)
     saliency = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(seed))
-    got = select_tokens(x, ratio, method=method, saliency=saliency)
+    got = select(x, ratio, method=method, saliency=saliency)
     # Merging is a weighted mean, so no channel leaves the range that the video has.
     flat = x.reshape(-1, x.shape[2])
     assert bool((got.embeddings <= flat.amax(0) + 1e-4).all())
@@ -132,12 +153,12 @@ def test_merged_rows_stay_inside_what_they_merge(method: str, video: Any, ratio:
 def test_selecting_does_not_depend_on_the_size_of_blocks(
     method: str, variant: str | None, video: Any, ratio: float
 ) -> None:
-    x = make_video(*video)
-    whole = select_tokens(x, ratio, method=method, variant=variant)
+    x = video_for(method, video)
+    whole = select(x, ratio, method=method, variant=variant)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("score_vllm.methods.common._BLOCK_TOKENS_CPU", 7)
         patch.setattr("score_vllm.methods.merging._BLOCK_ELEMENTS_CPU", 11)
-        blocks = select_tokens(x, ratio, method=method, variant=variant)
+        blocks = select(x, ratio, method=method, variant=variant)
     assert blocks.num_retained == whole.num_retained
     # Elsewhere rounding decides between ties. HoliTom has some by construction: with two centres, two tokens
     # that are each other's nearest are equally dense, exactly so only where a frame fits one block.
@@ -150,19 +171,20 @@ def test_selecting_does_not_depend_on_the_size_of_blocks(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decisions_are_made_in_fp32(method: str, dtype: torch.dtype) -> None:
     x = make_video(12, 16, 8, "scenes", 1).to(dtype)
-    narrow, wide = (select_tokens(v, 0.3, method=method) for v in (x, x.float()))
+    narrow, wide = (select(v, 0.3, method=method) for v in (x, x.float()))
     assert torch.equal(narrow.indices, wide.indices)
     assert torch.equal(narrow.embeddings, wide.embeddings.to(dtype))
 
 
-@pytest.mark.parametrize("method", [*SELECTING, "score"])
-def test_selecting_methods_do_not_sync_the_host(method: str) -> None:
+@pytest.mark.parametrize("method", ["evs", "vidcom2", "dycoke", "visionselector", "uniform", "random", "score"])
+def test_methods_that_do_not_sync_the_host(method: str) -> None:
     # A fake tensor has no values: reading one on the host (item, nonzero, bool, tolist) raises.
     with FakeTensorMode():
         x = torch.empty(9, 12, 8)
+        weights = weights_for(method, 8)
         policy = RetentionPolicy(8) if method == "score" else None
         for keep in (1, 11, 12, 40, 107, 108):
-            selection, has_nan = select_retained(x, keep, method, policy=policy)
+            selection, has_nan = select_retained(x, keep, method, policy=policy, weights=weights)
             assert selection.embeddings.shape == (keep, 8)
             assert has_nan.shape == ()
 
@@ -175,16 +197,16 @@ def test_broken_input_is_refused(method: str, broken: float, frame: int) -> None
     x[frame, 3, 2] = broken
     for ratio in (0.1, 0.5):
         with pytest.raises(ValueError, match=f"'{method}' gave NaN scores"):
-            select_tokens(x, ratio, method=method)
+            select(x, ratio, method=method)
 
 
-@pytest.mark.parametrize("method", ["fastvid", "holitom"])
+@pytest.mark.parametrize("method", ["fastvid", "holitom", "tango", "flashvid"])
 def test_broken_saliency_is_refused(method: str) -> None:
     x = make_video(9, 12, 8, "noise", 0)
     saliency = torch.rand(9, 12)
     saliency[4, 4] = -torch.inf
     with pytest.raises(ValueError, match="saliency has NaN"):
-        select_tokens(x, 0.3, method=method, saliency=saliency)
+        select(x, 0.3, method=method, saliency=saliency)
 
 
 def test_evs_below_one_frame_spreads_over_the_first() -> None:
@@ -289,7 +311,7 @@ def test_of_two_equally_dense_tokens_the_first_is_the_peak() -> None:
     assert float(peaks[3]) < 0.05 * float(peaks[1])
 
 
-@pytest.mark.parametrize("method", ["fastvid", "holitom"])
+@pytest.mark.parametrize("method", ["fastvid", "holitom", "tango", "flashvid"])
 def test_the_stand_in_saliency_is_said_once(method: str, caplog: pytest.LogCaptureFixture) -> None:
     shared._warn_about_stand_in.cache_clear()
     x = make_video(8, 6, 4, "noise", 0)
@@ -299,4 +321,4 @@ def test_the_stand_in_saliency_is_said_once(method: str, caplog: pytest.LogCaptu
     select_tokens(x, 0.5, method=method)
     assert [("NOT the published method" in r.message, method in r.message) for r in caplog.records] == [(True, True)]
     assert same(norm, select_tokens(x, 0.5, method=method, saliency=x.norm(dim=-1)))
-    assert methods.get(method).needs_saliency
+    assert methods.get(method).saliency

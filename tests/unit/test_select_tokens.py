@@ -78,7 +78,7 @@ def test_a_method_of_your_own() -> None:
 
 def test_wrong_calls() -> None:
     x = torch.randn(2, 3, 16)
-    with pytest.raises(ValueError, match=r"method must be one of .*'random', 'score', 'uniform'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*'random', 'score'.*'uniform'"):
         select_tokens(x, 0.5, method="magic")
     with pytest.raises(ValueError, match="needs policy"):
         select_tokens(x, 0.5)
