@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from score_vllm.budget import check_retention_ratio
-from score_vllm.video.sampling import DEFAULT_MAX_FRAMES
 
 FORMAT_VERSION = 1
 # Of policies whose file names no architecture: when they were written there was only this one.
@@ -92,6 +91,9 @@ class PolicyConfig:
 
 # Attribute of the Hugging Face config that carries the serving configuration into every process of the engine.
 HF_CONFIG_KEY = "score"
+
+# Most frames read of a video (paper section 5.1).
+DEFAULT_MAX_FRAMES = 128
 
 # For VLLM_MEDIA_CONNECTOR: fetches videos for our loaders under their limits.
 MEDIA_CONNECTOR = "score"

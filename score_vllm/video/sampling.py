@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from score_vllm.config import DEFAULT_MAX_FRAMES
 from score_vllm.video.container import VideoWindowError
 
 # Qwen's models merge two consecutive frames into one temporal cell.
 TEMPORAL_MERGE = 2
 MIN_FRAMES = 4
 DEFAULT_FPS = 2.0
-DEFAULT_MAX_FRAMES = 128
 # Most merged tokens of a temporal cell, by which frames are made smaller before the vision tower.
 DEFAULT_CELL_TOKENS = 768
 THINNINGS = ("even", "octave")

@@ -145,7 +145,7 @@ class SiglipSaliency:
         self._captured = attention.q_proj(hidden), attention.k_proj(hidden)
 
     def take(self, patch_grid: torch.Tensor, grid: VideoGrid, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Saliency of the frames that the tower has just seen, pooled like their features: [T, N] float32 of each kind."""
+        """Saliency of the frames that the tower has just seen, pooled like their features: [T, N] of each kind."""
         assert self._captured is not None, "the tower has not run"
         query, key = (tensor.reshape(-1, self._heads, tensor.shape[-1] // self._heads) for tensor in self._captured)
         self._captured = None

@@ -33,6 +33,7 @@ from .tiny_families import HIDDEN, build_llava, build_policy, build_qwen2_vl, bu
 QWEN = "<|vision_start|><|{}_pad|><|vision_end|>"
 LLAVA_VIDEO = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
 RATIOS = (1.0, 0.4, 0.1, 0.02)
+TRAINING_FREE = tuple(name for name in methods.names() if methods.get(name).weights is None)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     family.build(folder / "model")
     build_policy(folder / "policy", family.architecture)
-    others = tuple(name for name in methods.names() if name != "score")
+    others = TRAINING_FREE
     serving = ServingConfig(0.1, "score", allowed_methods=others, policy=str(folder / "policy"))
     options = {
         "dtype": "float32",
@@ -312,7 +313,7 @@ def test_preemption(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     served.check(output, prompt, videos, ratio=0.4)
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", ["score", *TRAINING_FREE])
 def test_every_method(method: str, served: Served) -> None:
     """Merging methods write the first D columns; deepstack levels stay those of the kept index."""
     prompt = f"Before {served.family.video} after."
@@ -332,7 +333,7 @@ def test_rows_and_saliency_equal_the_tower_s_through_transformers(served: Served
     rows, grid = tower.encode_rows(frames)
     assert grid == layout.grid
     torch.testing.assert_close(x, rows.flatten(0, 1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(saliency, tower.encode_with_saliency(frames)[2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(saliency, tower.encode_with_saliency(frames)[2]["frame"], atol=1e-5, rtol=0)
     own = tower.layout(grid, len(frames), metadata["fps"])
     assert np.array_equal(own.to_tensor(), layout.to_tensor())
 

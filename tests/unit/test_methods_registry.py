@@ -27,9 +27,12 @@ def registry() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "evz"}, r"method must be one of \['dycoke', 'evs', .*'vidcom2'\], got 'evz'"),
+        ({"method": "evz"}, r"method must be one of \['cacovid', 'dycoke', 'evs', .*'vidcom2', .*\], got 'evz'"),
         ({"method": "evs", "mode": "paper"}, r"mode must be one of \['exact', 'reference'\], got 'paper'"),
-        ({"method": "uniform", "mode": "reference"}, r"'uniform' has no reference mode; .*\['dycoke', 'evs'"),
+        (
+            {"method": "uniform", "mode": "reference"},
+            r"'uniform' has no reference mode; .*\['cacovid', 'dycoke', 'evs'",
+        ),
         ({"method": "vidcom2", "variant": "x"}, r"'vidcom2' must be one of \['paper', 'vllm'\], got 'x'"),
         ({"method": "evs", "variant": "paper"}, r"'evs' must be one of \[\], got 'paper'"),
         ({"method": "evs", "q": 0.5}, r"'evs' takes the options \[\] in exact mode, got \['q'\]"),

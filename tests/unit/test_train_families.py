@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 
+from score_vllm import methods
 from score_vllm.train.data.sample import TrainingSample
 from score_vllm.train.frozen.captioner import describe
 from score_vllm.train.frozen.model import FrozenVLM
@@ -111,11 +112,15 @@ def test_saliency_sums_to_one_per_frame(family: tuple[Oracle, FrozenVLM]) -> Non
     """Where no patch is left out or counted twice by pooling: LLaVA's 9 x 9 are."""
     _, engine = family
     frames, _ = random_video(4, 84, 112, seed=7)
-    x, grid, saliency = engine._tower.encode_with_saliency(frames)
-    assert saliency.shape == (grid.t, grid.tokens_per_frame) == x.shape[:2]
-    if engine._tower.kind != "llava_onevision":
-        torch.testing.assert_close(saliency.sum(1), torch.ones(grid.t))
-    assert bool((saliency > 0).all())
+    x, grid, by_kind = engine._tower.encode_with_saliency(frames)
+    assert set(by_kind) == set(methods.SALIENCY_KINDS)
+    for kind, saliency in by_kind.items():
+        assert saliency.shape == (grid.t, grid.tokens_per_frame) == x.shape[:2]
+        if engine._tower.kind != "llava_onevision":
+            # "patch" is a mean over the patches of a token.
+            share = 1 if kind == "frame" else 1 / engine._tower.config.vision_config.spatial_merge_size**2
+            torch.testing.assert_close(saliency.sum(1), torch.full((grid.t,), float(share)))
+        assert bool((saliency > 0).all())
 
 
 def test_other_models_are_refused(tmp_path: Any) -> None:
