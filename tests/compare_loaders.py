@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from score_vllm.video import decode_video
-from tests.video_clips import CASES, KINDS, Truth, faults, make
+from tests.video_clips import CASES, KINDS, faults, make
+from tests.video_writing import Truth
 
 NAMES = {"matroska": "mkv", "mpegts": "ts"}
 

@@ -191,7 +191,28 @@ def scaling_picture(document: Document, digest: str) -> bytes:
     return png(f"{document['model']}, {size}; {document['environment']['machine']}", panels, digest, (13, 4))
 
 
+def decode_rows(document: Document) -> tuple[list[str], Lines]:
+    """One line per clip, number at once and loader: medians, and multiples of vLLM's opencv loader's."""
+    base = {(r["clip"], r["concurrency"]): r for r in document["rows"] if r["loader"] == "opencv"}
+    lines = []
+    for row in document["rows"]:
+        other = base[row["clip"], row["concurrency"]]
+        throughput = f"{row['clips_per_second'] / other['clips_per_second']:.2f}x"
+        peak = f"{row['peak_bytes'] / MIB:.0f} MiB ({row['peak_bytes'] / max(1, other['peak_bytes']):.2f}x)"
+        lines.append(
+            [row["clip"], str(row["concurrency"]), row["loader"], f"{row['ms']['median']:.0f}", throughput, peak]
+        )
+    return ["clip", "at once", "loader", "ms for all", "throughput", "peak memory"], lines
+
+
 BLOCKS = {
+    "decode": Block(
+        pattern="decode_*.json",
+        rows=decode_rows,
+        caption="multiples of vLLM's opencv loader; {repeats} round(s) after one of warm-up; load average "
+        "{environment[load_average_at_start]:.0f} at the start, {load_average_at_end:.0f} at the end; "
+        "{environment[machine]}",
+    ),
     "load": Block(
         pattern="load_*.json",
         rows=load_rows,

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Sample, at_least, default_output, integers, rounds, script_parser, table, write_results
-from tests.video_clips import even, number_of, numbered
+from benchmarks.report.serving import decode_rows
+from tests.video_writing import even, number_of, numbered
 
 # Width, height, seconds; 25 pictures a second, H.264 with B-frames and a key frame every 2 s.
 CLIPS = {"240p 10 s": (426, 240, 10), "720p 20 s": (1280, 720, 20), "1080p 30 s": (1920, 1080, 30)}
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     parser.add_argument("--concurrency", type=integers, default=[1, 4, 16], help="clips at once")
     parser.add_argument("--repeats", type=at_least(1), default=3)
+    parser.add_argument("--clips", nargs="+", choices=list(CLIPS), default=list(CLIPS))
     parser.add_argument("--quick", action="store_true", help="one small clip, one round: does it work?")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--worker", choices=LOADERS, help=argparse.SUPPRESS)
@@ -268,11 +270,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name} does not load here: {worker.error}", file=sys.stderr)
         else:
             workers[name] = worker
+    output = args.output or default_output("decode", "loaders", args.quick)
     rows: list[dict[str, Any]] = []
     words: dict[str, str] = {}
     repeats = 1 if args.quick else args.repeats
     with tempfile.TemporaryDirectory() as folder:
-        for clip, (width, height, seconds) in (QUICK if args.quick else CLIPS).items():
+        for clip, (width, height, seconds) in (
+            QUICK if args.quick else {name: CLIPS[name] for name in args.clips}
+        ).items():
             path = Path(folder) / f"{width}.mp4"
             write_clip(path, width, height, seconds)
             words.update(compare(workers, path, Path(folder)))
@@ -284,28 +289,12 @@ def main(argv: list[str] | None = None) -> None:
                     row["clips_per_second"] = concurrency / times.median * 1000
                     row["peak_bytes"] = max(answer["peak_bytes"] for answer in answers)
                     rows.append({**row, "frames": answers[0]["shape"]})
+            facts = {"loaders": words, "repeats": repeats, "load_average_at_end": os.getloadavg()[0]}
+            write_results(output, rows, **facts)  # after every clip: the large ones take long
     for worker in workers.values():
         worker.close()
-    output = args.output or default_output("decode", "loaders", args.quick)
-    facts = {"loaders": words, "repeats": repeats, "load_average_at_end": os.getloadavg()[0]}
-    write_results(output, rows, **facts)
-    print(show(rows))
+    print(table(*decode_rows({"rows": rows})))
     print(f"written: {output}")
-
-
-def show(rows: list[dict[str, Any]]) -> str:
-    """A table with everything as a multiple of vLLM's opencv loader."""
-    lines = []
-    for row in rows:
-        base = next(
-            r for r in rows if (r["clip"], r["concurrency"], r["loader"]) == (row["clip"], row["concurrency"], "opencv")
-        )
-        speed = row["clips_per_second"] / base["clips_per_second"]
-        memory = row["peak_bytes"] / max(1, base["peak_bytes"])
-        milliseconds = f"{row['ms']['median']:.0f} ± {row['ms']['spread']:.0f}"
-        peak = f"{row['peak_bytes'] / 2**20:.0f} MiB ({memory:.2f}x)"
-        lines.append([row["clip"], str(row["concurrency"]), row["loader"], milliseconds, f"{speed:.2f}x", peak])
-    return table(["clip", "at once", "loader", "ms for all", "throughput", "peak memory"], lines)
 
 
 if __name__ == "__main__":

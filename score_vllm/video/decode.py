@@ -70,7 +70,10 @@ def decode_video(
     Raises:
         VideoError: not a video, no decodable frame, a container or codec outside the allow-lists, or a limit.
         VideoWindowError: the window does not fit the video.
+        ValueError: another argument is out of range.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
     limits = limits or DecodeLimits()
     check_size(data, limits)
     deadline = Deadline(limits.deadline)

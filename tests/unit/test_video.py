@@ -135,3 +135,8 @@ def test_damaged_middle_still_gives_frames(clips: dict[str, Path]) -> None:
     data[middle : middle + 400] = bytes(400)
     decoded = decode_video(bytes(data))
     assert len(decoded.frames) == 12
+
+
+def test_an_unknown_backend_is_refused(clips: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of \['pyav', 'decord'\], got 'opencv'"):
+        decode_video(clips["plain"].read_bytes(), backend="opencv")

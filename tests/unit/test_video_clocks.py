@@ -16,7 +16,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from transformers.video_utils import VideoMetadata
 
 from score_vllm.video import DecodedVideo, Resize, VideoError, decode_video
-from tests.video_clips import even, make, number_of, recipe, write
+from tests.video_clips import make
+from tests.video_writing import even, number_of, recipe, write
 
 
 def metadata_of(video: DecodedVideo) -> VideoMetadata:

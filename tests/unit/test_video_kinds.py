@@ -4,6 +4,7 @@ seconds. Clips are generated (tests/video_clips.py) and carry their picture's nu
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from PIL import Image
 
 from score_vllm.video import DecodeLimits, VideoError, decode_video, walk
 from score_vllm.video.container import CODECS
-from tests import video_clips
-from tests.video_clips import CASES, Recipe, even, faults, make, number_of, numbered, recipe, truth_of, write
+from tests.video_clips import CASES, faults, make
+from tests.video_writing import TICK, Recipe, encode, even, number_of, numbered, recipe, stream_of, truth_of, write
 
 # Encoder, container, pixel format; one real file for every accepted codec.
 ENCODERS = {
@@ -196,9 +197,9 @@ def test_pixels_that_are_not_square() -> None:
     sink = io.BytesIO()
     made = recipe("mp4", even(20, 10))
     with av.open(sink, "w", format="mp4") as out:
-        stream = video_clips._stream(out, made, "libx264")
-        stream.codec_context.sample_aspect_ratio = video_clips.Fraction(4, 3)
-        for packet in video_clips._encode(stream, made):
+        stream = stream_of(out, made, "libx264")
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for packet in encode(stream, made):
             out.mux(packet)
     video = decode_video(sink.getvalue())
     assert (video.frames.shape[1:3], video.source_size) == ((128, 256), (256, 128))
@@ -209,8 +210,8 @@ def test_interlaced_video_is_said_to_be() -> None:
     made = Recipe("mpegts", "mpeg2video", even(50, 25), rate=25, codec_options={"flags": "+ildct+ilme", "top": "1"})
     sink = io.BytesIO()
     with av.open(sink, "w", format="mpegts") as out:
-        stream = video_clips._stream(out, made, "mpeg2video")
-        for packet in video_clips._encode(stream, made):
+        stream = stream_of(out, made, "mpeg2video")
+        for packet in encode(stream, made):
             out.mux(packet)
     video = decode_video(sink.getvalue())
     assert [number_of(p) for p in video.frames] == [0, 12, 25, 37]
@@ -225,7 +226,7 @@ def test_untagged_colour_is_bt601(height: int) -> None:
     for tagged in (False, True):
         sink = io.BytesIO()
         with av.open(sink, "w", format="mp4") as out:
-            stream = video_clips._stream(out, made, "libx264")
+            stream = stream_of(out, made, "libx264")
             stream.codec_context.options = {"crf": "1"}
             space = 1 if tagged else 5
             if tagged:
@@ -234,7 +235,7 @@ def test_untagged_colour_is_bt601(height: int) -> None:
             frame = frame.reformat(format="yuv420p", dst_colorspace=space)
             if not tagged:
                 frame.colorspace = 2
-            frame.pts, frame.time_base = 0, video_clips.TICK
+            frame.pts, frame.time_base = 0, TICK
             for packet in stream.encode(frame) + stream.encode(None):
                 out.mux(packet)
         got = decode_video(sink.getvalue()).frames[0].reshape(-1, 3).mean(0)
