@@ -199,10 +199,10 @@ def decode_rows(document: Document) -> tuple[list[str], Lines]:
         other = base[row["clip"], row["concurrency"]]
         throughput = f"{row['clips_per_second'] / other['clips_per_second']:.2f}x"
         peak = f"{row['peak_bytes'] / MIB:.0f} MiB ({row['peak_bytes'] / max(1, other['peak_bytes']):.2f}x)"
-        lines.append(
-            [row["clip"], str(row["concurrency"]), row["loader"], f"{row['ms']['median']:.0f}", throughput, peak]
-        )
-    return ["clip", "at once", "loader", "ms for all", "throughput", "peak memory"], lines
+        cpu = f"{row['cpu_seconds']:.2f} s ({row['cpu_seconds'] / other['cpu_seconds']:.2f}x)"
+        line = [row["clip"], str(row["concurrency"]), row["loader"], f"{row['ms']['median']:.0f}"]
+        lines.append([*line, throughput, cpu, peak])
+    return ["clip", "at once", "loader", "ms for all", "throughput", "processor time", "peak memory"], lines
 
 
 BLOCKS = {

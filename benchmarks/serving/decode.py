@@ -4,7 +4,8 @@ Every loader works in a process of its own, which does nothing else, and reads e
 size that Qwen2.5-VL's processor chooses: ours scales in its decoding processes, the others' frames go through the
 processor's own resize. Before anything is timed, the pictures are compared: clips carry their picture's number, and
 two loaders' pictures of one number must agree. Memory is the peak of the process and all below it (proportional set
-size), above what it was before the clips.
+size), above what it was before the clips. Processor time tells more than wall time where others use the machine: a
+pool as wide as the cores gets a smaller share of it than sixteen threads do.
 
     python -m benchmarks.serving.decode --repeats 3
     python -m benchmarks.serving.decode --quick
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -131,6 +133,16 @@ def proportional_bytes(pid: int) -> int:
     return total
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and of all below it, those that have ended included."""
+    total = 0
+    for one in [pid, *_below(pid)]:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split()
+            total += sum(map(int, fields[11:15]))
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def _below(pid: int) -> list[int]:
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -181,14 +193,16 @@ def measure(read: Callable[[bytes], np.ndarray], data: bytes, concurrency: int) 
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), cpu_seconds(os.getpid())
     with ThreadPoolExecutor(concurrency) as pool:
         held = list(pool.map(lambda _: read(data), range(concurrency)))  # all held, as requests hold them
     seconds = time.perf_counter() - start
     peak = max(peak, proportional_bytes(os.getpid()))
     over.set()
     watcher.join()
-    return {"seconds": seconds, "peak_bytes": peak - before, "shape": list(held[0].shape)}
+    time.sleep(0.3)  # the last child's time is its parent's once it has been waited for
+    spent = cpu_seconds(os.getpid()) - spent
+    return {"seconds": seconds, "cpu_seconds": spent, "peak_bytes": peak - before, "shape": list(held[0].shape)}
 
 
 class Worker:
@@ -287,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
                     times = Sample(tuple(answer["seconds"] * 1000 for answer in answers))
                     row = {"clip": clip, "concurrency": concurrency, "loader": name, "ms": times.to_json()}
                     row["clips_per_second"] = concurrency / times.median * 1000
+                    row["cpu_seconds"] = statistics.median(answer["cpu_seconds"] for answer in answers)
                     row["peak_bytes"] = max(answer["peak_bytes"] for answer in answers)
                     rows.append({**row, "frames": answers[0]["shape"]})
             facts = {"loaders": words, "repeats": repeats, "load_average_at_end": os.getloadavg()[0]}
