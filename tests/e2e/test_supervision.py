@@ -61,7 +61,7 @@ MOMENTS: dict[str, Callable[[subprocess.Popen[bytes], Path], bool]] = {
 
 
 @pytest.mark.parametrize(
-    ("moment", "send"), zip(MOMENTS, (os.kill, os.killpg, os.kill), strict=True), ids=("modules", "group", "engine")
+    ("moment", "send"), [*zip(MOMENTS, (os.kill, os.killpg, os.kill), strict=True)], ids=("modules", "group", "engine")
 )
 def test_sigterm_while_starting_ends_everything(
     moment: str, send: Callable[[int, int], None], cache: Path, tmp_path: Path
