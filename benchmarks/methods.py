@@ -29,7 +29,7 @@ from benchmarks.harness import Sample, Stopwatch, machine_name, rounds, table, w
 from benchmarks.memory import PeakMemory
 from benchmarks.tokens import scene_tokens
 from score_vllm import RetentionPolicy, TokenSelection, VideoGrid, methods, num_retained_tokens, select_tokens
-from score_vllm.methods.cacovid import CacovidWeights
+from score_vllm.methods.cacovid_weights import CacovidWeights
 from score_vllm.methods.visionselector_weights import SelectorWeights
 
 SIZES = {"small": (16, 192, 1024), "paper-size": (64, 665, 3584)}

@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from score_vllm.methods import register
+from score_vllm.methods import tango_clusters as clusters
 from score_vllm.methods.common import (
     check_number,
     everything,
-    frame_blocks,
     masked_indices,
     ranks,
     saliency_or_norm,
@@ -23,15 +21,12 @@ from score_vllm.methods.common import (
 from score_vllm.methods.fastvid import frame_similarity
 from score_vllm.methods.fastvid_plan import find_segments
 from score_vllm.methods.holitom import best_windows, share_windows, static_counts, static_runs
-from score_vllm.methods.merging import add_to_targets, density_peaks, squared_distances
 from score_vllm.types import TokenSelection, VideoGrid
 
 SEGMENT_TYPES = ("holitom", "fastvid")
-NEIGHBOURS = 7
 # A place is static where every step is more similar than this, whatever tau cuts the segments.
 STATIC_SIMILARITY = 0.8
 MIN_SEGMENTS = 8
-BASE_TIME, BASE_SPACE = 1e4, 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,49 +51,6 @@ class Settings:
             )
 
 
-def cell_seconds(times: np.ndarray, cells: int) -> np.ndarray:
-    """[T] float64: time of each cell, interpolated over the times [F] of the frames as Tango's code does."""
-    places = np.linspace(0, len(times) - 1, cells)
-    return np.interp(places, np.arange(len(times)), times)
-
-
-def rotated(x: torch.Tensor, grid: VideoGrid | None, seconds: torch.Tensor | None) -> torch.Tensor:
-    """[T, N, D] float32: unit tokens, rotated by their second, row and column (Tango, roped features).
-
-    Rows and columns take ``2 * (D // 6)`` channels each, time the rest; of an odd number the last is not rotated.
-
-    Args:
-        x: [T, N, D].
-        grid: T, rows, columns; None: one row of N.
-        seconds: [T]; None: one second per cell.
-    """
-    frames, per_frame, d = x.shape
-    device = x.device
-    columns = grid.w if grid else per_frame
-    n = torch.arange(per_frame, device=device)
-    clock = torch.arange(frames, device=device) if seconds is None else seconds.to(device)
-    space = 2 * (d // 6)
-    out = torch.empty(x.shape, dtype=torch.float32, device=device)
-
-    def turn(part: torch.Tensor, position: torch.Tensor, base: float) -> torch.Tensor:
-        half = part.shape[-1] // 2
-        exponent = torch.arange(half, device=device, dtype=torch.float32) * 2 / max(1, 2 * half)
-        angle = position.float()[..., None] * base**-exponent
-        a, b, rest = part[..., :half], part[..., half : 2 * half], part[..., 2 * half :]
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], dim=-1)
-
-    for start, stop in frame_blocks(x):
-        unit = F.normalize(x[start:stop].float(), dim=-1)
-        time, row, column = unit.split([d - 2 * space, space, space], dim=-1)
-        parts = [
-            turn(time, clock[start:stop, None].expand(-1, per_frame), BASE_TIME),
-            turn(row, (n // columns).expand(stop - start, -1), BASE_SPACE),
-            turn(column, (n % columns).expand(stop - start, -1), BASE_SPACE),
-        ]
-        out[start:stop] = torch.cat(parts, dim=-1)
-    return out
-
-
 def _segments(x: torch.Tensor, s: Settings) -> list[tuple[int, int]]:
     """First and last frame of each segment."""
     if s.segment_type == "holitom":
@@ -116,58 +68,6 @@ def _static(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     return (similarity_to_frames(inside, following)[:-1] > STATIC_SIMILARITY).all(0)
 
 
-def _peaks(z: torch.Tensor, count: int) -> torch.Tensor:
-    """[count] int64: the density peaks of ``z`` [C, D], the highest first."""
-    valid = torch.ones(1, len(z), dtype=torch.bool, device=z.device)
-    at = torch.zeros(1, dtype=torch.int64, device=z.device)
-    scores = density_peaks(z[None], at, valid, NEIGHBOURS, scale=1.0, count_self=False)[0]
-    return torch.sort(scores, descending=True, stable=True).indices[:count]
-
-
-def _salient(z: torch.Tensor, saliency: torch.Tensor, count: int, alpha: float) -> torch.Tensor:
-    """[count] int64: the most salient member of each of ``count`` clusters of the most salient tokens (step 3)."""
-    number = min(int(alpha * count), len(z))
-    candidates = torch.sort(saliency, descending=True, stable=True).indices[:number]
-    if number <= count:
-        return candidates
-    peaks = _peaks(z[candidates], count)
-    nearest = squared_distances(z[candidates][None], z[candidates[peaks]][None])[0].argmin(-1)
-    # Candidates stand by saliency, so a cluster's most salient member is its first.
-    first = torch.full((count,), number, device=z.device)
-    first.scatter_reduce_(0, nearest, torch.arange(number, device=z.device), "amin")
-    return candidates[torch.where(first < number, first, peaks)]
-
-
-def _context(
-    z: torch.Tensor, rows: torch.Tensor, count: int, beta: float, mispaired: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Anchors among the tokens that are left, and what each becomes (step 3).
-
-    Args:
-        z: [C, D] rotated.
-        rows: [C, D] fp32.
-        count: anchors; C or more keeps all as they are.
-        beta: least weight of the anchor.
-        mispaired: rows in ascending order of the anchors at the anchors' order by score, as the published code has it.
-
-    Returns:
-        ``(anchors, merged)``: [count] int64 into z, and [count, D].
-    """
-    if count >= len(z):
-        return torch.arange(len(z), device=z.device), rows
-    peaks = _peaks(z, count)
-    anchors = peaks.sort().values
-    shift = z.mean(0)
-    nearest = squared_distances((z - shift)[None], (z[anchors] - shift)[None])[0].argmin(-1)
-    sums = torch.zeros(count, rows.shape[1], device=z.device)
-    sizes = torch.zeros(count, dtype=torch.int64, device=z.device)
-    add_to_targets(rows, nearest, sums, sizes)
-    weight = (1.0 / sizes.clamp(min=1)).clamp(min=beta)[:, None]
-    mean = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], rows[anchors])
-    merged = weight * rows[anchors] + (1 - weight) * mean
-    return (peaks if mispaired else anchors), merged
-
-
 class _Segment:
     """One segment's tokens, and the pieces that are kept of them."""
 
@@ -178,7 +78,7 @@ class _Segment:
         self.indices: list[torch.Tensor] = []
         self.rows: list[torch.Tensor] = []
 
-    def _emit(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+    def emit(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         self.indices.append(index)
         self.rows.append(rows.to(self.x.dtype))
 
@@ -196,13 +96,13 @@ class _Segment:
         salient, context = self.split(count)
         left = torch.ones(len(z), dtype=torch.bool, device=z.device)
         if salient:
-            own = _salient(z, saliency, salient, self.s.alpha)
+            own = clusters.salient(z, saliency, salient, self.s.alpha)
             left[own] = False
-            self._emit(index[own], rows[own])
+            self.emit(index[own], rows[own])
         if context:
             at = left.nonzero().flatten()
-            anchors, merged = _context(z[at], rows[at].float(), context, self.s.beta, self.mispaired)
-            self._emit(index[at[anchors]], merged)
+            anchors, merged = clusters.context(z[at], rows[at].float(), context, self.s.beta, self.mispaired)
+            self.emit(index[at[anchors]], merged)
 
     def static_places(self, window: tuple[int, int], places: torch.Tensor, count: int) -> None:
         """Static places, averaged over the segment, at its first frame (step 2)."""
@@ -224,15 +124,15 @@ class _Segment:
             salient, more = self.split(count)
             context += more
             if salient:
-                own = _salient(self.z[t, places], self.saliency[t, places], salient, self.s.alpha)
+                own = clusters.salient(self.z[t, places], self.saliency[t, places], salient, self.s.alpha)
                 left[t - a, own] = False
-                self._emit(t * self.per_frame + places[own], self.x[t, places[own]])
+                self.emit(t * self.per_frame + places[own], self.x[t, places[own]])
         if context:
             offsets = torch.arange(a, b + 1, device=self.x.device)[:, None] * self.per_frame + places
             index = offsets[left]
             z, rows = self.z.reshape(self.flat.shape)[index], self.flat[index].float()
-            anchors, merged = _context(z, rows, context, self.s.beta, self.mispaired)
-            self._emit(index[anchors], merged)
+            anchors, merged = clusters.context(z, rows, context, self.s.beta, self.mispaired)
+            self.emit(index[anchors], merged)
 
     def selection(self) -> TokenSelection:
         index = torch.cat(self.indices)
@@ -276,7 +176,7 @@ def reference(
     """
     s = Settings(_tau(tau, retention_ratio), context_ratio, alpha, beta, segment_type)
     ranking = saliency_or_norm(x, saliency, "tango")
-    z = rotated(x, grid, seconds)
+    z = clusters.rotated(x, grid, seconds)
     per_frame = x.shape[1]
     kept = _Segment(x, z, ranking, s, mispaired=True)
     everywhere = torch.arange(per_frame, device=x.device)
@@ -338,7 +238,7 @@ def tango(
     s = Settings(_tau(tau, num_retained / ranking.numel()), context_ratio, alpha, beta, segment_type)
     if num_retained == ranking.numel():
         return everything(x)
-    z = rotated(x, grid, seconds)
+    z = clusters.rotated(x, grid, seconds)
     windows = _segments(x, s)
     static = [_static(x, window) for window in windows]
     plan = share_windows(windows, [int(mask.sum()) for mask in static], per_frame, num_retained)
@@ -356,5 +256,5 @@ def tango(
     if plan.copies:
         left = ranking.masked_fill(~copyable, -torch.inf).flatten()
         own = masked_indices(ranks(left, descending=True) < plan.copies, plan.copies)
-        kept._emit(own, x.reshape(-1, d)[own])
+        kept.emit(own, x.reshape(-1, d)[own])
     return kept.selection()

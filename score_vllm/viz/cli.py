@@ -13,7 +13,7 @@ from score_vllm import RetentionPolicy, methods, select_tokens
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
 from score_vllm.config import FIRST_ARCHITECTURE
-from score_vllm.methods.tango import cell_seconds
+from score_vllm.methods.tango_clusters import cell_seconds
 from score_vllm.types import TokenSelection
 from score_vllm.video import DecoderUnavailableError, VideoError
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, THINNINGS

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from score_vllm import RetentionPolicy, TokenSelection, methods, num_retained_tokens, select_tokens
 from score_vllm.methods import common as shared
 from score_vllm.methods import merging
-from score_vllm.methods.cacovid import CacovidWeights
+from score_vllm.methods.cacovid_weights import CacovidWeights
 from score_vllm.methods.visionselector_weights import SelectorWeights
 from score_vllm.select import select_retained
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from score_vllm import VideoGrid, select_tokens
-from score_vllm.methods import cacovid, flashvid, vcast, visionselector
+from score_vllm.methods import cacovid, cacovid_weights, flashvid, vcast, visionselector
 from score_vllm.methods.visionselector_weights import FIELDS, PREFIXES, SelectorWeights
 
 from .test_peers_parity import NEW_FILES, A, C
@@ -41,9 +41,9 @@ class Stored:
         read = {field: self.tensor(PREFIXES[0] + name) for name, field in FIELDS.items()}
         return SelectorWeights(**{field: value.to(getattr(torch, dtype)).float() for field, value in read.items()})
 
-    def cacovid(self) -> cacovid.CacovidWeights:
-        tensors = {name.removeprefix(cacovid.PREFIX): self.tensor(name) for name in self.weight_names}
-        return cacovid.CacovidWeights(tensors, heads=4, kv_heads=2)
+    def cacovid(self) -> cacovid_weights.CacovidWeights:
+        tensors = {name.removeprefix(cacovid_weights.PREFIX): self.tensor(name) for name in self.weight_names}
+        return cacovid_weights.CacovidWeights(tensors, heads=4, kv_heads=2)
 
     def arguments(self, tag: str) -> tuple[torch.Tensor, float, dict[str, Any]]:
         """``(x, ratio, keywords)`` of a run."""
