@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from score_vllm import RetentionPolicy
+from score_vllm.layout import grid_layout
 from score_vllm.train.__main__ import make_accelerator
 from score_vllm.train.config import TrainSettings, load_settings
 from score_vllm.train.data.sample import TrainingSample
@@ -43,11 +44,12 @@ class WideEngine:
     """A rollout without important tokens costs a twentieth of a nat, as much as a real caption loses."""
 
     hidden_size = WIDTH
+    architecture = "Toy"
     identity = "wide toy"
 
     def encode(self, sample: TrainingSample) -> EncodedSample:
         ids = torch.arange(3)
-        return EncodedSample(sample.key, tokens_of(sample.key)[0], GRID, 1.0, ids, ids, ids)
+        return EncodedSample(sample.key, tokens_of(sample.key)[0], grid_layout(GRID, 1.0), ids, ids, ids)
 
     def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         important = tokens_of(encoded.key)[1]
