@@ -218,6 +218,11 @@ def check_variant(method: Method, variant: str | None) -> str | None:
     return variant
 
 
+def variant_for(method: Method, architecture: str) -> str | None:
+    """The variant that was published for a model, out of ``method.variants``; None: the method's default."""
+    return "llava" if architecture.startswith("Llava") and "llava" in method.variants else None
+
+
 def call(
     function: Callable[..., Any], x: torch.Tensor, amount: float, signals: dict[str, Any], own: dict[str, Any]
 ) -> Any:

@@ -60,6 +60,7 @@ class VideoCompressor:
     ) -> None:
         self.serving = serving
         self.hidden_size = hidden_size
+        self.architecture = architecture
         self.tokens_per_second = tokens_per_second
         # One worker per tensor-parallel group reports, or every video would count several times.
         self.stats = CompressorStats(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
@@ -154,6 +155,7 @@ class VideoCompressor:
                 read,
                 num_retained,
                 method,
+                variant=methods.variant_for(methods.get(method), self.architecture),
                 saliency=saliency,
                 grid=layout.grid,
                 seconds=seconds,

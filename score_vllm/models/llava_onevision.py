@@ -31,7 +31,7 @@ from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.saliency import check_saliency_config
 from score_vllm.types import VideoGrid
 from score_vllm.vision.pooling import frames_layout, pool_frames
-from score_vllm.vision.saliency import frame_saliency
+from score_vllm.vision.saliency import KINDS
 
 
 class ScoreLlavaOnevisionInfo(AdmissionInfoMixin, LlavaOnevisionProcessingInfo):
@@ -97,15 +97,15 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         if self._listening:
             self._captured = args[0], args[1]
 
-    def _saliency(self) -> torch.Tensor | None:
+    def _saliency(self, kind: str | None) -> torch.Tensor | None:
         """[T, N] of the frames that the tower has just seen: its last layer's attention, pooled like the features."""
-        if self._captured is None:
+        if self._captured is None or kind is None:
             return None
         # [F, P, heads * d] of this rank's heads.
         heads, width = self._attention.num_heads_per_partition, self._attention.head_dim
         query, key = (tensor.reshape(-1, heads, width) for tensor in self._captured)
         num_frames, self._captured = len(self._captured[0]), None
-        summed = frame_saliency(query, key, num_frames, 1)
+        summed = KINDS[kind](query, key, num_frames, 1)
         if self._attention.tp_size > 1:
             summed = tensor_model_parallel_all_reduce(summed)
         return pool_frames(self.config, (summed / self._attention.num_heads)[..., None])[..., 0]
@@ -119,11 +119,14 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         if self.compressor is None:
             return super()._process_video_pixels(inputs)
         videos, fields = inputs
-        ranked = self.ranks_by_attention(fields)
-        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"], ranked))
+        kinds = self.saliency_kinds(fields)
+        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"], kinds))
 
-    def _encode_videos(self, videos: Any, ranked: list[bool]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for pixels, self._listening in zip(videos, ranked, strict=True):
+    def _encode_videos(
+        self, videos: Any, kinds: list[str | None]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for pixels, kind in zip(videos, kinds, strict=True):
+            self._listening = kind is not None
             x = self._video_pixels_to_features(self.vision_tower, pixels)
             self._listening = False
-            yield x.flatten(0, 1), self._saliency()
+            yield x.flatten(0, 1), self._saliency(kind)

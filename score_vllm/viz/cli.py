@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> Path:
             name,
             policy if name == "score" else None,
             saliency.get(methods.get(name).saliency or ""),
+            variant=methods.variant_for(methods.get(name), tower.config.architectures[0]),
             weights=weights[name],
             grid=grid,
             seconds=seconds,

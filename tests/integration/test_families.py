@@ -7,6 +7,7 @@ engine's own noise is measured in the same run, on prompts without video, and co
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm")
 from vllm import LLM, SamplingParams
@@ -23,6 +25,7 @@ from vllm.config import EncoderCacheManagerConfig
 
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
 from score_vllm.config import ServingConfig
+from score_vllm.methods.cacovid_weights import CacovidWeights
 from score_vllm.plugin import ENCODER_CACHE_MANAGER
 from score_vllm.vision.tower import VisionTower
 
@@ -34,6 +37,20 @@ QWEN = "<|vision_start|><|{}_pad|><|vision_end|>"
 LLAVA_VIDEO = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
 RATIOS = (1.0, 0.4, 0.1, 0.02)
 TRAINING_FREE = tuple(name for name in methods.names() if methods.get(name).weights is None)
+
+_WEIGHTS = methods.get("cacovid").weights
+assert _WEIGHTS is not None
+CACOVID = _WEIGHTS.architectures
+
+
+def write_cacovid(weights: CacovidWeights, directory: Path) -> str:
+    """A checkpoint that holds the policy, in the published layout."""
+    directory.mkdir()
+    tensors = {f"compression_policy.{name}": tensor for name, tensor in weights.tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    heads = {"num_attention_heads": weights.heads, "num_key_value_heads": weights.kv_heads}
+    (directory / "config.json").write_text(json.dumps({"text_config": heads}))
+    return str(directory)
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ class Served:
     llm: Any
     oracle: Oracle
     policy: RetentionPolicy
+    weights: CacovidWeights | None
     directory: Path
     compressed: list[tuple[torch.Tensor, Any, int]] = field(default_factory=list)
     saliency: list[Any] = field(default_factory=list)
@@ -137,7 +155,23 @@ class Served:
             assert count == num_retained_tokens(grid.num_tokens, one)
             read = x[:, :HIDDEN].reshape(grid.t, grid.tokens_per_frame, HIDDEN)
             policy = self.policy if method in (None, "score") else None
-            chosen = select_tokens(read, one, method=method or "score", policy=policy, saliency=saliency)
+            name = method or "score"
+            variant = methods.variant_for(methods.get(name), self.family.architecture)
+            weights = self.weights if name == "cacovid" else None
+            seconds = (
+                None if self.model.tokens_per_second is None else layout.cells[:, 1] / self.model.tokens_per_second
+            )
+            chosen = select_tokens(
+                read,
+                one,
+                method=name,
+                policy=policy,
+                saliency=saliency,
+                variant=variant,
+                grid=grid,
+                seconds=None if seconds is None else torch.from_numpy(seconds),
+                weights=weights,
+            )
             kept.append(chosen.indices)
             merged.append(torch.cat([chosen.embeddings, x[chosen.indices, HIDDEN:]], dim=1)[:, :HIDDEN])
         assert len(output.prompt_token_ids) == len(unpruned.vision) - sum(
@@ -176,8 +210,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     family.build(folder / "model")
     build_policy(folder / "policy", family.architecture)
-    others = TRAINING_FREE
-    serving = ServingConfig(0.1, "score", allowed_methods=others, policy=str(folder / "policy"))
+    selectors, weights = {}, None
+    if family.architecture in CACOVID:
+        weights = CacovidWeights.random(HIDDEN, heads=4, kv_heads=2)
+        selectors = {"cacovid": write_cacovid(weights, folder / "cacovid")}
+    others = (*TRAINING_FREE, *selectors)
+    serving = ServingConfig(0.1, "score", allowed_methods=others, policy=str(folder / "policy"), selectors=selectors)
     options = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -193,9 +231,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
     llm = LLM(model=str(folder / "model"), hf_overrides=serving.to_overrides(), **options | family.options)
     oracle = Oracle(folder / "model", request.param, family.architecture)
-    made = Served(
-        request.param, family, llm, oracle, RetentionPolicy.from_pretrained(folder / "policy"), folder / "model"
-    )
+    policy = RetentionPolicy.from_pretrained(folder / "policy")
+    made = Served(request.param, family, llm, oracle, policy, weights, folder / "model")
     model = made.model
     compress, process_image = model.compressor.compress, model._process_image_input
 
@@ -313,27 +350,30 @@ def test_preemption(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     served.check(output, prompt, videos, ratio=0.4)
 
 
-@pytest.mark.parametrize("method", ["score", *TRAINING_FREE])
+@pytest.mark.parametrize("method", ["score", "cacovid", *TRAINING_FREE])
 def test_every_method(method: str, served: Served) -> None:
     """Merging methods write the first D columns; deepstack levels stay those of the kept index."""
+    if method == "cacovid" and served.weights is None:
+        pytest.skip("its published policy reads LLaVA's tokens")
     prompt = f"Before {served.family.video} after."
     videos = [served.video(20, 3, 4, seed=61)]
     output = served.generate(prompt, videos, ratio=0.3, method=method)
     served.check(output, prompt, videos, ratio=0.3, method=method)
 
 
-def test_rows_and_saliency_equal_the_tower_s_through_transformers(served: Served) -> None:
+@pytest.mark.parametrize(("method", "kind"), [("fastvid", "frame"), ("flashvid", "patch")])
+def test_rows_and_saliency_equal_the_tower_s_through_transformers(method: str, kind: str, served: Served) -> None:
     """What training, score-viz and evaluation see is what the server sees."""
     if not served.exact:
         pytest.skip("bf16 against fp32")
     frames, metadata = video = served.video(9, 3, 4, seed=65)
-    served.generate(f"{served.family.video}?", [video], ratio=0.5, method="fastvid", n=1)
+    served.generate(f"{served.family.video}?", [video], ratio=0.5, method=method, n=1)
     ((x, layout, _),), (saliency,) = served.compressed, served.saliency
     tower = VisionTower(served.directory)
     rows, grid = tower.encode_rows(frames)
     assert grid == layout.grid
     torch.testing.assert_close(x, rows.flatten(0, 1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(saliency, tower.encode_with_saliency(frames)[2]["frame"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(saliency, tower.encode_with_saliency(frames, [kind])[2][kind], atol=1e-5, rtol=0)
     own = tower.layout(grid, len(frames), metadata["fps"])
     assert np.array_equal(own.to_tensor(), layout.to_tensor())
 
