@@ -65,6 +65,8 @@ def resolve_selectors(
             name, source = needed[0], value
         if name not in needed:
             raise UsageError(f"--selector names method {name!r}; the learned methods of this server are {needed}")
+        if name in sources:
+            raise UsageError(f"--selector is given twice for method {name!r}")
         sources[name] = source
     directories, digests = {}, {}
     for name in needed:

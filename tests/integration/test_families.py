@@ -158,9 +158,7 @@ class Served:
             name = method or "score"
             variant = methods.variant_for(methods.get(name), self.family.architecture)
             weights = self.weights if name == "cacovid" else None
-            seconds = (
-                None if self.model.tokens_per_second is None else layout.cells[:, 1] / self.model.tokens_per_second
-            )
+            rate = self.model.tokens_per_second
             chosen = select_tokens(
                 read,
                 one,
@@ -169,7 +167,7 @@ class Served:
                 saliency=saliency,
                 variant=variant,
                 grid=grid,
-                seconds=None if seconds is None else torch.from_numpy(seconds),
+                seconds=torch.from_numpy(layout.cells[:, 1] / rate) if rate else None,
                 weights=weights,
             )
             kept.append(chosen.indices)
