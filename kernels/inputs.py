@@ -1,4 +1,4 @@
-"""What the compressor's operations read beside the tokens: packed policy weights, and where each token stands."""
+"""What the compressor's operations read beside the tokens: packed policy weights, and the place of each token."""
 
 from __future__ import annotations
 

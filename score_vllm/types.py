@@ -1,4 +1,4 @@
-"""The value types that pass between rooms. They check themselves on construction."""
+"""The value types that pass between modules. They check themselves on construction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several methods share: blocks of frames, ranks, even shares, the stand-in saliency, results."""
+"""What several methods share: blocks of frames, ranks, even shares, the substitute saliency, results."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def _warn_about_stand_in(method: str) -> None:
 
 
 def saliency_or_norm(x: torch.Tensor, saliency: torch.Tensor | None, method: str) -> torch.Tensor:
-    """The saliency given, or the L2 norm as its stand-in, which is said once per process in the log.
+    """The saliency given, or the L2 norm as a substitute, which is said once per process in the log.
 
-    Where a row of ``x`` or the saliency is not finite the result is NaN, so that the door can tell.
+    Where a row of ``x`` or the saliency is not finite the result is NaN, so that ``select_tokens`` can tell.
 
     Args:
         x: [T, N, D].

@@ -50,12 +50,12 @@ def reference(
     Args:
         x: [T, N, D], T > 4 (``port``: T > 1).
         retention_ratio: rho; gives ``k`` where none is given.
-        variant: ``official``: k by :func:`nominal_pruning`; inside a cut frame tokens stand in order of
+        variant: ``official``: k by :func:`nominal_pruning`; inside a cut frame tokens are in the order of
             ascending similarity. ``port``: VidCom2's port to Qwen-VL: k = 1 - rho, ascending indices.
         k: pruning share in [0, 1]; the ratio is not used then. The authors use 0.7.
 
     Returns:
-        The kept tokens in the order that the peer's code emits them.
+        The kept tokens in the order that the published code emits them.
 
     Raises:
         TypeError, ValueError: ``k``, the ratio or T is out of range.

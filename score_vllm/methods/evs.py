@@ -25,7 +25,7 @@ def change_scores(x: torch.Tensor) -> torch.Tensor:
     """
     previous = (torch.arange(x.shape[0], device=x.device) - 1).clamp(min=0)
     scores = 1.0 - similarity_to_frames(x, previous)
-    # A NaN of the first frame has to stay one: the door looks for it.
+    # A NaN of the first frame has to stay one: select_tokens looks for it.
     scores[0] = torch.where(scores[0].isnan(), scores[0], FIRST_FRAME_SCORE)
     return scores
 
@@ -52,7 +52,7 @@ def reference(x: torch.Tensor, retention_ratio: float, **_: Any) -> TokenSelecti
 def evs(x: torch.Tensor, num_retained: int, **_: Any) -> torch.Tensor:
     """EVS (arXiv 2510.14624) at exactly K tokens: the first frame, then the tokens that changed most.
 
-    With K >= N this is the peer's rule at K. With K < N the first frame does not fit, and the peer's code
+    With K >= N this is the published rule at K. With K < N the first frame does not fit, and the published code
     would keep N tokens all the same; here K tokens of the first frame are kept, evenly spaced.
 
     Args:

@@ -142,7 +142,7 @@ def reference(
 
     Raises:
         TypeError: an option is not a number.
-        ValueError: an option is out of range, or the peer's code fails on this input.
+        ValueError: an option is out of range, or the published code fails on this input.
     """
     s = settings_for(variant, {"c": c, "tau": tau, "ignore": ignore, "d": d, "p": p, "beta": beta})
     ranking = saliency_or_norm(x, saliency, "fastvid")
@@ -168,7 +168,7 @@ def fastvid(
 ) -> TokenSelection:
     """FastVID (arXiv 2503.11187) at exactly K tokens.
 
-    Segments share K by their length. What the peer's caps would lose goes to the segment's next most salient
+    Segments share K by their length. What the published caps would lose goes to the segment's next most salient
     tokens, raw. Videos shorter than c frames are cut everywhere. At K = T * N all is returned unchanged.
 
     Args:

@@ -66,7 +66,7 @@ def settings_for(variant: str, options: dict[str, Any]) -> Settings:
 
 
 def _below(value: float, threshold: float) -> bool:
-    # In fp32, as the peer compares.
+    # In fp32, as the published code compares.
     return value < float(torch.tensor(threshold, dtype=torch.float32))
 
 
@@ -131,10 +131,10 @@ def plan_exact(similarity: list[float], per_frame: int, num_retained: int, varia
 
 
 def plan_reference(similarity: list[float], per_frame: int, ratio: float, variant: str, s: Settings) -> Plan:
-    """The peer's counts, and its refusals.
+    """The published counts, and its refusals.
 
     Raises:
-        ValueError: where the peer's code fails: too few frames, or a share of zero or beyond a frame.
+        ValueError: where the published code fails: too few frames, or a share of zero or beyond a frame.
     """
     frames, budget = len(similarity) + 1, int(per_frame * ratio)
     if variant == "port":

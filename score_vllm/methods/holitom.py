@@ -91,7 +91,7 @@ def _statics(counts: np.ndarray, windows: list[tuple[int, int]]) -> list[int]:
 
 
 def plan_reference(counts: np.ndarray, per_frame: int, ratio: float) -> Plan:
-    """The peer's counts (HoliTom, steps 3, 5 and 6), in fp32 as its code has them."""
+    """The published counts (HoliTom, steps 3, 5 and 6), in fp32 as its code has them."""
     windows, gain = best_windows(counts)
     total = counts.shape[0] * per_frame
     adjusted = min(np.float32(1), np.float32(ratio * total) / np.float32(total - gain))
@@ -105,7 +105,7 @@ def plan_reference(counts: np.ndarray, per_frame: int, ratio: float) -> Plan:
 
 
 def plan_exact(counts: np.ndarray, per_frame: int, num_retained: int) -> Plan:
-    """Counts that sum to exactly K: the peer's shares, with cumulative rounding in place of its ceil and round."""
+    """Counts that sum to exactly K: the published shares, with cumulative rounding in place of its ceil and round."""
     windows, _gain = best_windows(counts)
     return share_windows(windows, _statics(counts, windows), per_frame, num_retained)
 
@@ -175,7 +175,7 @@ def _merge_window(
 def _carry_out(
     x: torch.Tensor, runs: torch.Tensor, ranking: torch.Tensor, plan: Plan, neighbours: int, beta: float
 ) -> TokenSelection:
-    """Keep and merge what the plan says, in the peer's order: per window static places, then frame by frame."""
+    """Keep and merge what the plan says, in the published order: per window static places, then frame by frame."""
     frames, per_frame, d = x.shape
     lengths = [b - a + 1 for a, b in plan.windows]
     first = torch.tensor(
@@ -236,7 +236,7 @@ def reference(
         saliency, tau, beta, K: as in :func:`holitom`.
 
     Returns:
-        The rows in the order that the peer's code emits them.
+        The rows in the order that the published code emits them.
 
     Raises:
         TypeError: an option is not a number.
@@ -267,8 +267,8 @@ def holitom(
 ) -> TokenSelection:
     """HoliTom (arXiv 2505.21334), without merging inside the LLM, at exactly K tokens.
 
-    Windows and the shares of static and dynamic tokens are the peer's, rounded so that they sum to the
-    budget. Above what merging leaves, where the peer's count saturates, static tokens of a window's later
+    Windows and the shares of static and dynamic tokens are the published ones, rounded so that they sum to the
+    budget. Above what merging leaves, where the published count saturates, static tokens of a window's later
     frames are kept raw besides, the most salient first. With the whole budget all is returned unchanged.
 
     Args:

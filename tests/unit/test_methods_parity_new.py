@@ -14,7 +14,7 @@ from score_vllm import VideoGrid, select_tokens
 from score_vllm.methods import cacovid, cacovid_weights, flashvid, vcast, visionselector
 from score_vllm.methods.visionselector_weights import FIELDS, PREFIXES, SelectorWeights
 
-from .test_peers_parity import NEW_FILES, A, C
+from .test_methods_parity import NEW_FILES, A, C
 
 FILES = [(prefix, case) for prefix in NEW_FILES for case in (A, C)]
 PATCHES_PER_SIDE = 2

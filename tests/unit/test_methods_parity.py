@@ -1,4 +1,4 @@
-"""Each peer's ``reference`` mode against what the peer's own code produced: index for index, row for row."""
+"""Each published method's ``reference`` mode against what the published code produced: index for index, row for row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RUNS = [(prefix, case, tag) for prefix, (_m, _v, cases, tags) in FILES.items() f
 
 
 class Run:
-    """One fixture: its inputs, the call that reproduces it, and what the peer's code gave."""
+    """One fixture: its inputs, the call that reproduces it, and what the published code gave."""
 
     def __init__(self, folder: Path, prefix: str, case: str, tag: str) -> None:
         self.stored = np.load(folder / f"{prefix}_{case}.npz", allow_pickle=False)
@@ -86,7 +86,7 @@ class Run:
 def fixtures(shared_dir: Path) -> Path:
     folder = shared_dir / "peers" / "fixtures"
     if not folder.is_dir():
-        pytest.skip(f"no peer fixtures at {folder}")
+        pytest.skip(f"no fixtures of published code at {folder}")
     return folder
 
 
@@ -97,7 +97,7 @@ def test_reference_mode_is_the_peers_code(fixtures: Path, prefix: str, case: str
     kept = run["kept"]
     if run.facts.get("noise_decides_ties", False):
         assert got.num_retained == len(kept)
-        pytest.skip("the peer's random noise decides which tokens are kept here; only the count was checked")
+        pytest.skip("the published random noise decides which tokens are kept here; only the count was checked")
 
     order = run.get("order", kept)
     np.testing.assert_array_equal(got.indices.numpy(), order)
@@ -163,7 +163,7 @@ def test_exact_mode_agrees_where_the_peer_hits_the_count(fixtures: Path, prefix:
     run = Run(fixtures, prefix, case, tag)
     exact = select_tokens(run.x, run.ratio, method=run.method, variant=run.variant, **run.signals)
     reference = run.select()
-    assert reference.num_retained == exact.num_retained, "pick a case in which the peer keeps exactly K"
+    assert reference.num_retained == exact.num_retained, "pick a case in which the published code keeps exactly K"
     assert torch.equal(exact.indices, reference.indices)
     torch.testing.assert_close(exact.embeddings, reference.embeddings, rtol=0, atol=1e-6)
 
