@@ -35,7 +35,7 @@ PREFIXES: tuple[tuple[str, str | None], ...] = (
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),
 )
-# How the peers evaluate LLaVA-Video; used where the source's config says nothing.
+# How published methods evaluate LLaVA-Video; used where the source's config says nothing.
 LAYOUT = {"mm_newline_position": "grid", "mm_spatial_pool_mode": "average"}
 TEXT_KEYS = (
     "attention_dropout",

@@ -8,7 +8,7 @@ from benchmarks.report import NOT_MEASURED, Block, Document, Lines, link
 from benchmarks.report.plot import GREY, Panel, Series, png
 
 # Ablations and the training variant stay off the first page.
-SERVED = ("score", "evs", "vidcom2", "holitom", "fastvid", "dycoke", "uniform", "random")
+SERVED = ("score", "flashvid", "tango", "evs", "vidcom2", "vcast", "holitom", "fastvid", "dycoke", "uniform", "random")
 
 
 def world_rows(document: Document) -> tuple[list[str], Lines]:
@@ -47,7 +47,8 @@ def asked(document: Document) -> str:
 def world_caption(document: Document) -> str:
     """What was asked, and of how many trainings."""
     seeds = max(len(row["seeds"]) for row in document["rows"])
-    return f"{asked(document)}; trained policies: mean and standard deviation of {seeds} seeds"
+    later = "".join(f"; {', '.join(run['methods'])}: {run['note']}" for run in document.get("added", ()))
+    return f"{asked(document)}; trained policies: mean and standard deviation of {seeds} seeds{later}"
 
 
 def world_picture(document: Document, digest: str) -> bytes:

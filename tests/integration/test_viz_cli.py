@@ -19,9 +19,12 @@ def _demo_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 
 def test_picture_of_every_method(clips: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = "score,evs,vidcom2,fastvid,holitom,dycoke,uniform,random"
+    # CaCoVID's policy reads LLaVA's tokens.
+    names = ",".join(name for name in methods.names() if name != "cacovid")
+    selector = write_selector(demo_model(), tmp_path / "selector")
     out = tmp_path / "out.png"
-    viz_cli.main([str(clips["plain"]), "--retention", "0.25", "--method", names, "-o", str(out)])
+    argv = ["--retention", "0.25", "--method", names, "--selector", str(selector), "-o", str(out)]
+    viz_cli.main([str(clips["plain"]), *argv])
     assert f"written: {out}" in capsys.readouterr().out
     with Image.open(out) as picture:
         width, height = picture.size

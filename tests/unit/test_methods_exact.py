@@ -19,10 +19,10 @@ from score_vllm.methods.visionselector_weights import SelectorWeights
 from score_vllm.select import select_retained
 
 LEARNED = ("visionselector", "cacovid")
-PEERS = ("evs", "vidcom2", "fastvid", "holitom", "dycoke", "vcast", "tango", "flashvid", *LEARNED)
+PUBLISHED = ("evs", "vidcom2", "fastvid", "holitom", "dycoke", "vcast", "tango", "flashvid", *LEARNED)
 SELECTING = ("evs", "vidcom2", "dycoke", "vcast", *LEARNED, "uniform", "random")
 CALLS: list[tuple[str, str | None]] = [
-    (name, variant) for name in (*PEERS, "uniform", "random") for variant in (methods.get(name).variants or (None,))
+    (name, variant) for name in (*PUBLISHED, "uniform", "random") for variant in (methods.get(name).variants or (None,))
 ]
 videos = st.tuples(
     st.integers(1, 17),  # T
@@ -124,7 +124,7 @@ def test_ratio_one_returns_everything_unchanged(
     assert torch.equal(got.embeddings, x.reshape(-1, x.shape[2]))
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", PUBLISHED)
 @given(first=videos, second=videos, ratio=ratios)
 @common
 def test_order_of_a_batch_does_not_matter(method: str, first: Any, second: Any, ratio: float) -> None:
@@ -167,7 +167,7 @@ def test_selecting_does_not_depend_on_the_size_of_blocks(
         torch.testing.assert_close(blocks.embeddings, whole.embeddings, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", PUBLISHED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decisions_are_made_in_fp32(method: str, dtype: torch.dtype) -> None:
     x = make_video(12, 16, 8, "scenes", 1).to(dtype)
@@ -189,7 +189,7 @@ def test_methods_that_do_not_sync_the_host(method: str) -> None:
             assert has_nan.shape == ()
 
 
-@pytest.mark.parametrize("method", PEERS)
+@pytest.mark.parametrize("method", PUBLISHED)
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("frame", [0, 5])
 def test_broken_input_is_refused(method: str, broken: float, frame: int) -> None:
