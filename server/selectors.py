@@ -51,8 +51,6 @@ def resolve_selectors(
     Raises:
         UsageError: weights are missing, superfluous, broken, or made for another model.
     """
-    from score_vllm.models.adapter import load_weights
-
     needed = [name for name in chosen if name in learned_methods()]
     sources: dict[str, str] = {}
     for value in given:
@@ -74,7 +72,7 @@ def resolve_selectors(
             raise UsageError(f"method {name} needs its trained weights: --selector {name}=DIR or a hub id")
         directories[name] = local_directory(name, sources[name])
         try:
-            digests[name] = load_weights(name, directories[name], hidden_size, architecture).digest()
+            digests[name] = methods.load_weights(name, directories[name], hidden_size, architecture).digest()
         except (FileNotFoundError, ValueError) as error:
             raise UsageError(f"--selector: {error}") from error
     return directories, digests

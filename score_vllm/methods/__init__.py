@@ -223,6 +223,28 @@ def variant_for(method: Method, architecture: str) -> str | None:
     return "llava" if architecture.startswith("Llava") and "llava" in method.variants else None
 
 
+def load_weights(method: str, directory: str, hidden_size: int, architecture: str) -> Learned:
+    """Load a learned method's weights and check that they were made for the model's tokens.
+
+    Raises:
+        ValueError: their width or architecture differs from the model's; both are in the message.
+        FileNotFoundError: the directory has no weights.
+    """
+    spec = get(method).weights
+    assert spec is not None
+    if spec.architectures and architecture not in spec.architectures:
+        raise ValueError(
+            f"method {method!r} exists for {', '.join(spec.architectures)}, but the model is {architecture}"
+        )
+    learned = spec.load(directory)
+    if learned.hidden_size != hidden_size:
+        raise ValueError(
+            f"selector {directory} was made for hidden size {learned.hidden_size}, "
+            f"but the model has hidden size {hidden_size}"
+        )
+    return learned
+
+
 def call(
     function: Callable[..., Any], x: torch.Tensor, amount: float, signals: dict[str, Any], own: dict[str, Any]
 ) -> Any:

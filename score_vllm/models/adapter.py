@@ -71,7 +71,7 @@ class VideoCompressor:
                 source = serving.selectors.get(name)
                 if source is None:
                     raise ValueError(f"method {name!r} needs the directory of its weights in selectors")
-                self.learned[name] = load_weights(name, source, hidden_size, architecture)
+                self.learned[name] = methods.load_weights(name, source, hidden_size, architecture)
                 if serving.selector_digests.get(name, "") not in ("", self.learned[name].digest()):
                     raise ValueError(f"selector {source} changed on disk while the server was starting; start it again")
         self.policy: RetentionPolicy | None = None
@@ -183,28 +183,6 @@ def load_policy(directory: str, hidden_size: int, architecture: str) -> Retentio
     if trained_for != architecture:
         raise ValueError(f"policy {directory} was made for {trained_for}, but the model is a {architecture}")
     return policy
-
-
-def load_weights(method: str, directory: str, hidden_size: int, architecture: str) -> methods.Learned:
-    """Load a learned method's weights and check that they were made for the model's tokens.
-
-    Raises:
-        ValueError: their width or architecture differs from the model's; both are in the message.
-        FileNotFoundError: the directory has no weights.
-    """
-    spec = methods.get(method).weights
-    assert spec is not None
-    if spec.architectures and architecture not in spec.architectures:
-        raise ValueError(
-            f"method {method!r} exists for {', '.join(spec.architectures)}, but the model is {architecture}"
-        )
-    learned = spec.load(directory)
-    if learned.hidden_size != hidden_size:
-        raise ValueError(
-            f"selector {directory} was made for hidden size {learned.hidden_size}, "
-            f"but the model has hidden size {hidden_size}"
-        )
-    return learned
 
 
 def check_engine_config(config: VllmConfig) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from score_vllm.video import DecoderUnavailableError, VideoError
 from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, THINNINGS
 from score_vllm.video.sandbox import decode_video_isolated
 from score_vllm.viz.paint import THEMES
+
+if TYPE_CHECKING:
+    from score_vllm.vision.tower import VisionTower
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> Path:
     trained_for = policy and (policy.config.architecture or FIRST_ARCHITECTURE)
     if trained_for and trained_for != tower.config.architectures[0]:
         raise UsageError(f"--policy was made for {trained_for}, but the model is a {tower.config.architectures[0]}")
-    weights = {name: _selector(name, args.selector, tower.hidden_size) for name in names}
+    weights = {name: _selector(name, args.selector, tower) for name in names}
     kinds = {kind for name in names if (kind := methods.get(name).saliency) is not None}
     x, grid, saliency = tower.encode_with_saliency(video.frames, sorted(kinds))
     seconds = torch.from_numpy(cell_seconds(video.times, grid.t))
@@ -146,7 +150,7 @@ def _check_output(path: Path) -> None:
         raise UsageError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
 
 
-def _selector(method: str, source: str | None, hidden_size: int) -> methods.Learned | None:
+def _selector(method: str, source: str | None, tower: VisionTower) -> methods.Learned | None:
     """The trained weights of a learned method other than score."""
     spec = methods.get(method).weights
     if spec is None or method == "score":
@@ -154,14 +158,9 @@ def _selector(method: str, source: str | None, hidden_size: int) -> methods.Lear
     if source is None:
         raise UsageError(f"method {method} needs --selector DIR with its trained weights; see score-selector")
     try:
-        learned = spec.load(source)
+        return methods.load_weights(method, source, tower.hidden_size, tower.config.architectures[0])
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"--selector: {error}") from error
-    if learned.hidden_size != hidden_size:
-        raise UsageError(
-            f"--selector was made for hidden size {learned.hidden_size}, but the model has hidden size {hidden_size}"
-        )
-    return learned
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,9 +8,10 @@ import av
 import pytest
 from PIL import Image
 
-from score_vllm import RetentionPolicy
+from score_vllm import RetentionPolicy, methods
+from score_vllm.demo import demo_model
 from score_vllm.viz import cli as viz_cli
-from tests.conftest import moving_square, write_clip
+from tests.conftest import moving_square, write_clip, write_selector
 
 
 @pytest.fixture(autouse=True)
