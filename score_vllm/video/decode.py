@@ -118,7 +118,8 @@ def decode_video(
         warnings.append(f"read with PyAV instead of decord: {refused}")
     if cut and CUT not in warnings:
         warnings.append(CUT)
-    if walker.damaged or missing or complained:
+    damaged = bool(walker.damaged or missing or complained)
+    if damaged:
         warnings.append(
             f"the file is damaged: {walker.damaged} packet(s) could not be decoded, {missing} frame(s) show the "
             f"picture beside the one that is lost, and the decoder complained {complained} time(s)"
@@ -140,6 +141,7 @@ def decode_video(
         source_fps=len(timeline.ticks) / timeline.duration,
         source_size=(width, height),
         warnings=tuple(warnings),
+        damaged=damaged,
     )
 
 

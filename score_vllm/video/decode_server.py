@@ -72,23 +72,29 @@ def _decode(connection: socket.socket, source: int, target: int) -> None:
     size = os.fstat(source).st_size
     _limit_memory(size + limits.max_memory)
 
+    memory: mmap.mmap | None = None
+
     def allocate(needed: int) -> mmap.mmap:
+        nonlocal memory
+        if memory is not None and len(memory) == needed:
+            return memory
         send(connection, {"need": needed})
         receive(connection)  # granted, or the end
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (soft + needed, hard))
         os.posix_fallocate(target, 0, needed)  # an error now instead of a signal while the frames are written
-        return mmap.mmap(target, needed)
+        os.ftruncate(target, needed)
+        memory = mmap.mmap(target, needed)
+        return memory
 
+    data = memoryview(mmap.mmap(source, size, prot=mmap.PROT_READ))
+    resize = Resize(**order["resize"]) if order["resize"] else None
+    options = {"resize": resize, "limits": limits, "allocate": allocate, **order["options"]}
     try:
-        video = decode_video(
-            memoryview(mmap.mmap(source, size, prot=mmap.PROT_READ)),
-            resize=Resize(**order["resize"]) if order["resize"] else None,
-            limits=limits,
-            threads=order["threads"],
-            allocate=allocate,
-            **order["options"],
-        )
+        video = decode_video(data, threads=order["threads"], **options)
+        if video.damaged and order["threads"] > 1:
+            # What a decoder conceals depends on how many threads it has, and these on how busy the server is.
+            video = decode_video(data, threads=1, **options)
         send(connection, {"shape": video.frames.shape, "video": video.to_json()})
     except VideoWindowError as error:
         send(connection, {"error": str(error), "field": error.field})

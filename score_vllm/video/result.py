@@ -25,6 +25,7 @@ class DecodedVideo:
         source_fps: their mean number per second.
         source_size: ``(width, height)`` as a player shows the first frame, before any scaling.
         warnings: what was repaired, left out or could not be read; empty for a sound file.
+        damaged: the decoder lost or concealed pictures; what it shows for them depends on its number of threads.
     """
 
     frames: np.ndarray
@@ -36,6 +37,7 @@ class DecodedVideo:
     source_fps: float
     source_size: tuple[int, int]
     warnings: tuple[str, ...] = ()
+    damaged: bool = False
 
     def metadata(self, loader: str = "score_pyav") -> dict[str, Any]:
         """The metadata that vLLM's video inputs and transformers' processors expect beside the frames.

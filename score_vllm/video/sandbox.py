@@ -245,9 +245,9 @@ class _Job:
         try:
             send(connection, {**self._order, "limits": {**limits, "deadline": left}})
             answer = receive(connection)
-            if "need" in answer:
-                self._gate.grow(answer["need"], len(self._data), max(0.0, self._end - time.monotonic()))
-                held = answer["need"]
+            while "need" in answer:
+                self._gate.grow(answer["need"], len(self._data) + held, max(0.0, self._end - time.monotonic()))
+                held += answer["need"]
                 send(connection, {"granted": True})
                 answer = receive(connection)
             if "video" not in answer:

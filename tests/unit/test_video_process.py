@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from score_vllm.train.data.clips import encode_mp4
 from score_vllm.video import (
     DecodeLimits,
     DecoderBusyError,
@@ -86,6 +87,27 @@ def test_same_frames_as_in_process(clips: dict[str, Path]) -> None:
         here, there = decode_video(data), decode_video_isolated(data, fps=2, max_frames=128, limits=DecodeLimits())
         assert np.array_equal(here.frames, there.frames)
         assert here.to_json() == there.to_json()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_damaged_frames_do_not_depend_on_how_many_threads_are_free(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoders of several threads conceal damage in another way: the same file gave other frames on a busy server."""
+    monkeypatch.setattr(sandbox, "_gate", gate.Gate(workers, 1, None))
+    noise = np.random.default_rng(0).integers(0, 256, (96, 480, 3), dtype=np.uint8)
+    data = bytearray(encode_mp4(np.stack([noise[:, 2 * i : 2 * i + 128] for i in range(96)]), 8.0))
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(400)
+    expected = decode_video(bytes(data))
+    assert expected.damaged
+    if workers > 1:
+        assert (decode_video(bytes(data), threads=workers).frames != expected.frames).any(), "the clip shows nothing"
+    got = decode_video_isolated(bytes(data))
+    np.testing.assert_array_equal(got.frames, expected.frames)
+    assert got.warnings == expected.warnings
+    del got
+    assert sandbox._gate.held == 0
 
 
 @pytest.mark.parametrize("name", ["empty", "not_a_video", "playlist", "audio", "truncated"])
