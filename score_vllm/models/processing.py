@@ -14,8 +14,10 @@ import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
+from score_vllm import methods
 from score_vllm.budget import check_retention_ratio, num_retained_tokens
 from score_vllm.config import ServingConfig
 from score_vllm.layout import LEARNED, VideoLayout
@@ -120,6 +122,13 @@ class CompressionProcessorMixin:
         count = len(videos) if videos is not None else 0
         asked = inputs.hf_processor_mm_kwargs
         method = self._resolve_method(asked.get(METHOD_KEY))
+        if isinstance(videos, EmbeddingItems | DictEmbeddingItems) and methods.get(method).saliency:
+            others = [name for name in self.serving.methods if not methods.get(name).saliency]
+            raise RequestFieldError(
+                f"{METHOD_KEY} {method!r} ranks by the vision tower's attention, which video_embeds do not have: send "
+                f"the video itself, or ask for one of {others}",
+                METHOD_KEY,
+            )
         ratios = resolve_ratios(asked.get(RATIO_KEY), count, self.serving.retention_ratio)
         options = asked.get(OPTIONS_KEY) or (VideoOptions(),) * count
         if len(options) != count or not all(isinstance(option, VideoOptions) for option in options):

@@ -73,6 +73,7 @@ def engine(tiny_model: Path, tiny_policy: Path, tiny_selector: Path) -> Iterator
         enable_prefix_caching=True,
         block_size=32,
         max_logprobs=-1,
+        enable_mm_embeds=True,
         # As score-serve starts its engine.
         ec_manager_config=EncoderCacheManagerConfig(encoder_cache_manager_cls=ENCODER_CACHE_MANAGER),
         seed=0,

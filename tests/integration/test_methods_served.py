@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
 from score_vllm.methods.visionselector_weights import SelectorWeights
@@ -68,6 +68,29 @@ def test_methods_never_share_cache_entries(engine: Engine) -> None:
 def test_unknown_method_is_refused(bad: Any, engine: Engine) -> None:
     with pytest.raises(ValueError, match="retention_method must be one of"):
         generate(engine, f"{VIDEO}?", [make_video(8, 56, 56, seed=1)], method=bad, num_tokens=1)
+
+
+def embedded_video(tiny_model: Path) -> dict[str, torch.Tensor]:
+    """Rows that a client computed: 3 cells of 2 x 4 tokens."""
+    width = AutoConfig.from_pretrained(tiny_model).get_text_config().hidden_size
+    rows = torch.randn(24, width, generator=torch.Generator().manual_seed(5))
+    return {"video_embeds": rows, "video_grid_thw": torch.tensor([[3, 4, 8]])}
+
+
+def test_embeddings_of_videos_are_compressed(engine: Engine, tiny_model: Path) -> None:
+    engine.clear()
+    video = embedded_video(tiny_model)
+    output = generate(engine, f"{VIDEO}?", video, ratio=0.5, method="vidcom2", num_tokens=1)
+    ((x, layout, kept),) = engine.compressed
+    torch.testing.assert_close(x, video["video_embeds"], atol=0, rtol=0)
+    assert (layout.grid.t, layout.grid.h, layout.grid.w, kept) == (3, 2, 4, 12)
+    assert len(output.outputs[0].token_ids) == 1
+
+
+@pytest.mark.parametrize("method", [name for name in SERVED if methods.get(name).saliency])
+def test_embeddings_have_no_attention_to_rank_by(method: str, engine: Engine, tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match=f"retention_method '{method}' ranks by .* ask for one of .*'vidcom2'"):
+        generate(engine, f"{VIDEO}?", embedded_video(tiny_model), method=method, num_tokens=1)
 
 
 def test_saliency_is_the_last_blocks_attention(

@@ -36,7 +36,7 @@ def tokenizer(tiny_model: Path) -> Any:
 def generate(
     engine: Engine,
     prompt: str | list[int],
-    videos: list[Any] | None = None,
+    videos: Any = None,
     images: list[Any] | None = None,
     ratio: Any = None,
     num_tokens: int = 8,

@@ -89,25 +89,25 @@ def test_same_frames_as_in_process(clips: dict[str, Path]) -> None:
         assert here.to_json() == there.to_json()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [2, 3, 4])
 def test_damaged_frames_do_not_depend_on_how_many_threads_are_free(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decoders of several threads conceal damage in another way: the same file gave other frames on a busy server."""
+    """Decoders of several threads conceal damage in another way: the same file gave other frames on an idle server."""
     monkeypatch.setattr(sandbox, "_gate", gate.Gate(workers, 1, None))
     noise = np.random.default_rng(0).integers(0, 256, (96, 480, 3), dtype=np.uint8)
-    data = bytearray(encode_mp4(np.stack([noise[:, 2 * i : 2 * i + 128] for i in range(96)]), 8.0))
-    middle = len(data) // 2
-    data[middle : middle + 400] = bytes(400)
-    expected = decode_video(bytes(data))
-    assert expected.damaged
-    if workers > 1:
-        assert (decode_video(bytes(data), threads=workers).frames != expected.frames).any(), "the clip shows nothing"
-    got = decode_video_isolated(bytes(data))
-    np.testing.assert_array_equal(got.frames, expected.frames)
-    assert got.warnings == expected.warnings
-    del got
-    assert sandbox._gate.held == 0
+    whole = encode_mp4(np.stack([noise[:, 2 * i : 2 * i + 128] for i in range(96)]), 8.0)
+    damaged = 0
+    for percent, length in ((40, 400), (55, 16), (60, 16), (70, 200)):
+        at = len(whole) * percent // 100
+        data = whole[:at] + bytes(length) + whole[at + length :]
+        expected, got = decode_video(data), decode_video_isolated(data)
+        damaged += expected.damaged
+        np.testing.assert_array_equal(got.frames, expected.frames)
+        assert got.warnings == expected.warnings
+        del got
+        assert sandbox._gate.held == 0
+    assert damaged
 
 
 @pytest.mark.parametrize("name", ["empty", "not_a_video", "playlist", "audio", "truncated"])
@@ -184,7 +184,8 @@ def test_a_child_that_was_killed_is_replaced(clips: dict[str, Path]) -> None:
     decode(data)
     for _ in range(3):
         for pid in wait_for_spares(sandbox.start()):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # one of the last round, not gone yet when it was listed
+                os.kill(pid, signal.SIGKILL)
         assert len(decode(data)) == 12
 
 
