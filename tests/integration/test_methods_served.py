@@ -93,8 +93,9 @@ def test_embeddings_have_no_attention_to_rank_by(method: str, engine: Engine, ti
         generate(engine, f"{VIDEO}?", embedded_video(tiny_model), method=method, num_tokens=1)
 
 
+@pytest.mark.parametrize(("method", "kind"), [("fastvid", "frame"), ("flashvid", "patch")])
 def test_saliency_is_the_last_blocks_attention(
-    engine: Engine, reference: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: str, engine: Engine, reference: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hook's numbers from transformers' own tower, one frame, head and unit at a time."""
     from transformers import AutoProcessor
@@ -102,7 +103,7 @@ def test_saliency_is_the_last_blocks_attention(
 
     frames, metadata = make_video(8, 140, 196, seed=31_000)
     engine.clear()
-    generate(engine, f"{VIDEO}?", [(frames, metadata)], ratio=0.5, num_tokens=1, method="fastvid")
+    generate(engine, f"{VIDEO}?", [(frames, metadata)], ratio=0.5, num_tokens=1, method=method)
     processor = AutoProcessor.from_pretrained(tiny_model).video_processor
     inputs = processor([torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt")
     visual = reference.model.visual
@@ -130,15 +131,20 @@ def test_saliency_is_the_last_blocks_attention(
         rows = slice(frame * per_frame, (frame + 1) * per_frame)
         total = torch.zeros(per_frame // 4)
         for head in range(query.shape[1]):
+            scale = query.shape[-1] ** 0.5
+            if kind == "patch":
+                attention = (query[rows, head] @ key[rows, head].T / scale).softmax(-1)
+                total += attention.mean(0).reshape(-1, 4).mean(1)
+                continue
             mean_query = query[rows, head].mean(0)
             units = key[rows, head].reshape(per_frame // 4, 4, -1).mean(1)
-            total += (units @ mean_query / query.shape[-1] ** 0.5).softmax(0)
+            total += (units @ mean_query / scale).softmax(0)
         expected[window_index[frame * per_frame // 4 : (frame + 1) * per_frame // 4]] = total / query.shape[1]
     torch.testing.assert_close(engine.saliency[0].flatten(), expected, atol=1e-5, rtol=1e-4)
-    assert engine.saliency[0].sum(1) == pytest.approx([1.0] * t, abs=1e-5)
+    assert engine.saliency[0].sum(1) == pytest.approx([0.25 if kind == "patch" else 1.0] * t, abs=1e-5)
     # Pictures and accuracy tables take it from transformers.
     _, _, ours = VisionTower(tiny_model).encode_with_saliency(frames)
-    torch.testing.assert_close(ours["frame"].flatten(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[kind].flatten(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["score", "evs"])
