@@ -2,6 +2,8 @@
 
 CUDA tensors run the Triton kernels, all others the blocked torch path. Which one ran is on record:
 :func:`last_backend`. Nothing here synchronises with the host but :func:`pack_weights`, and :func:`score`, which packs.
+
+One file: every operation shares the dispatch and its record.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The settings of a training run, as one tree of models; a TOML file and ``--set`` fill it."""
+"""The settings of a training run, as one tree of models; a TOML file and ``--set`` fill it.
+
+One file: the settings read as one tree.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ pool as wide as the cores gets a smaller share of it than sixteen threads do.
 
     python -m benchmarks.serving.decode --repeats 3
     python -m benchmarks.serving.decode --quick
+
+One file, as each loader's worker process is this script again.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ How a compressed video passes through vLLM:
 Step 4 depends on no state of the request, so prefix-cache hits, chunk boundaries inside a video, several videos
 and images beside them need no repair, and vLLM's own pruning switch, with its hooks in the runners, stays off.
 A step without visual rows does no position work. Why vLLM's own hooks are not used: docs/internals.md.
+
+One file: vLLM's contract is one class, and its four steps above share state.
 """
 
 from __future__ import annotations

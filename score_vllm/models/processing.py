@@ -1,6 +1,8 @@
 """The processor's half of the adapter: the span of each video, cache identities, and the report of what was done.
 
 A family's processor adds :meth:`CompressionProcessorMixin.video_layouts`; all else is shared.
+
+One file: vLLM's processor is one class, whose methods hand one request's specs on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Video datasets as samples: annotation files are indexed once, records and clips are read when asked for."""
+"""Video datasets as samples: annotation files are indexed once, records and clips are read when asked for.
+
+One file: the base class, its two readers of records, and the checks that they share.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The frozen video model of training: visual tokens, and the cross-entropy of an answer under any kept subset."""
+"""The frozen video model of training: visual tokens, and the cross-entropy of an answer under any kept subset.
+
+One file: encoding and cross-entropy share the tables and the padding of one batch layout.
+"""
 
 from __future__ import annotations
 

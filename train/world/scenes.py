@@ -3,6 +3,8 @@
 On a textured ground, coloured shapes appear, move, stay and vanish; letters flash for one or two frames; the scene
 is cut; leaves drift and water flickers without ever being asked about. Everything is a function of (split, index):
 nothing is stored. :class:`PseudoWorldSource` makes the paper's warm-up clips (section 4.4) of the same things.
+
+One file: scene, clip and questions are drawn from one generator, in an order that must not change.
 """
 
 from __future__ import annotations
