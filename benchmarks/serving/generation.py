@@ -1,4 +1,4 @@
-"""Token generation with nobody's prefill in the way: streams that all generate at once, vanilla and SCORE in turn.
+"""Token generation while no prefill runs: streams that all generate at once, vanilla and SCORE in turn.
 
     python -m benchmarks.serving.generation            # about 10 minutes on two quiet cores
     python -m benchmarks.serving.generation --quick

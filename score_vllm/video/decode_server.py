@@ -141,7 +141,7 @@ def _refuse(control: socket.socket, reason: str) -> None:
 
 
 class _Spares:
-    """Children that wait for a job: the time a fork takes is nobody's waiting time."""
+    """Children that wait for a job, so that no request waits for a fork."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control

@@ -1,4 +1,4 @@
-"""What decoding gives: frames with their times, and what the model's processor is told about them."""
+"""What decoding gives: frames with their times, and their description for the model's processor."""
 
 from __future__ import annotations
 

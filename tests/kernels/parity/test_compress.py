@@ -1,4 +1,4 @@
-"""Gather and the whole compressor: rows, channels, position digits, and what the caller is told."""
+"""Gather and the whole compressor: rows, channels, position digits, and the counts given back."""
 
 from __future__ import annotations
 
