@@ -6,6 +6,7 @@ import math
 import numbers
 from decimal import Decimal
 from fractions import Fraction
+from reprlib import repr as brief
 from typing import Any
 
 RATIO_RANGE = "a number in (0, 1]"
@@ -28,13 +29,13 @@ def check_retention_ratio(value: Any, field: str = "retention_ratio") -> float:
     """
     # A fraction such as 1/3 has no decimal form to be read "as written".
     if isinstance(value, (bool, Fraction)) or not isinstance(value, (numbers.Real, Decimal)):
-        raise TypeError(f"{field} must be {RATIO_RANGE}, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{field} must be {RATIO_RANGE}, got {brief(value)} ({type(value).__name__})")
     try:
         ratio = float(value)
     except OverflowError:
         raise ValueError(f"{field} must be {RATIO_RANGE}, got an integer beyond any float") from None
     if not math.isfinite(ratio) or not 0.0 < ratio <= 1.0:
-        raise ValueError(f"{field} must be {RATIO_RANGE}, got {value!r}")
+        raise ValueError(f"{field} must be {RATIO_RANGE}, got {brief(value)}")
     return ratio
 
 

@@ -13,6 +13,10 @@ from score_vllm.policy import RetentionPolicy
 from score_vllm.types import TokenSelection, VideoGrid
 
 
+# Signals that are tensors.
+_TENSORS = ("saliency", "frame_features", "seconds", "text_before", "text_after")
+
+
 def select_tokens(
     x: torch.Tensor,
     retention_ratio: float,
@@ -58,7 +62,7 @@ def select_tokens(
         The selection: indices [K], rows [K, D], scores [T * N].
 
     Raises:
-        TypeError: the ratio or an option is not a number.
+        TypeError: the ratio or an option is not a number, or a side input is of another type.
         ValueError: a shape, ratio, method, mode, variant or option is wrong, or scores are NaN.
     """
     if x.ndim != 3 or 0 in x.shape:
@@ -97,8 +101,12 @@ def select_tokens(
 
 
 def _check_signals(x: torch.Tensor, signals: dict[str, Any]) -> None:
-    """Refuse side inputs whose shape or dtype does not fit ``x`` [T, N, D]."""
+    """Refuse side inputs whose type, shape or dtype does not fit ``x`` [T, N, D]."""
     frames, per_frame, d = x.shape
+    for name, kind in (*((name, torch.Tensor) for name in _TENSORS), ("grid", VideoGrid), ("policy", RetentionPolicy), ("weights", methods.Learned)):
+        given = signals.get(name)
+        if not isinstance(given, kind | None):
+            raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(given).__name__}")
     shapes: dict[str, tuple[str, int | None, int | None]] = {
         # what is said, rows, columns; None: any number above 0
         "saliency": (f"[T={frames}, N={per_frame}]", frames, per_frame),

@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from reprlib import repr as brief
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -73,7 +74,7 @@ def enter(request: VideoFields, state: ServerState | None) -> RequestContext:
     serving = state.serving
     if request.retention_method not in (None, *serving.methods):
         raise VLLMValidationError(
-            f"{METHOD_FIELD} must be one of {list(serving.methods)} on this server, got {request.retention_method!r}",
+            f"{METHOD_FIELD} must be one of {list(serving.methods)} on this server, got {brief(request.retention_method)}",
             parameter=METHOD_FIELD,
         )
     if getattr(request, "media_io_kwargs", None) and not state.trusts_requests and state.max_frames is not None:
@@ -113,7 +114,7 @@ def _check(option: VideoOptions, max_frames: int, which: str) -> None:
     if option.max_frames is not None and option.max_frames > max_frames:
         raise VLLMValidationError(
             f"video_max_frames{which} must be an integer in [1, {max_frames}] on this server (--max-frames), "
-            f"got {option.max_frames}",
+            f"got {brief(option.max_frames)}",
             parameter="video_max_frames",
         )
     if option.end is not None and option.end <= (option.start or 0.0):

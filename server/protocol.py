@@ -1,8 +1,10 @@
 """What our fields look like on the wire, in requests and in responses."""
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -67,20 +69,20 @@ class PerVideo:
 
 def _seconds(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{name} must be a number of seconds in [0, {MAX_SECONDS}], got {value!r}")
+        raise ValueError(f"{name} must be a number of seconds in [0, {MAX_SECONDS}], got {brief(value)}")
     return float(value)
 
 
 def _rate(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_FPS:
-        raise ValueError(f"{name} must be a number of frames per second in (0, {MAX_FPS}], got {value!r}")
+        raise ValueError(f"{name} must be a number of frames per second in (0, {MAX_FPS}], got {brief(value)}")
     return float(value)
 
 
 def _count(value: Any, name: str) -> int:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not value >= 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= 1, got {brief(value)}")
     return int(value)
 
 
@@ -98,7 +100,7 @@ def parse_retention_method(value: Any) -> str | None:
     """
     if value is None or isinstance(value, str):
         return value
-    raise VLLMValidationError(f"retention_method must be the name of a method, got {value!r}", parameter=METHOD_FIELD)
+    raise VLLMValidationError(f"retention_method must be the name of a method, got {brief(value)}", parameter=METHOD_FIELD)
 
 
 class VideoFields(BaseModel):
@@ -175,7 +177,7 @@ def _item(value: Any, index: int) -> Any:
 
 def near_miss(name: str) -> str | None:
     """Which of our fields an unknown one was probably meant to be."""
-    plain = "".join("_" + c.lower() if c.isupper() else c for c in name).replace("-", "_")
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_")
     if (bare := plain.removeprefix("video_")) in ALIASES:
         return ALIASES[bare]
     if plain.startswith(("retention", "video_")):

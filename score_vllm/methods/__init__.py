@@ -30,7 +30,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -64,6 +64,7 @@ def _own_options(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SIGNALS)
 
 
+@runtime_checkable
 class Learned(Protocol):
     """Trained weights of a method."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from score_vllm.methods import register
+from score_vllm.methods.common import check_number
 from score_vllm.types import TokenSelection
 
 
@@ -47,6 +48,7 @@ def random(x: torch.Tensor, num_retained: int, *, seed: int = 0, **_: Any) -> To
     Returns:
         The selection; scores are 1 for kept tokens and 0 for the rest.
     """
+    check_number("random", "seed", seed, -(2**63), 2**63 - 1, whole=True)
     total = x.shape[0] * x.shape[1]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(total, generator=generator)[:num_retained]

@@ -48,9 +48,15 @@ def load_jpeg_sequence(
         raise VideoError(f"the video has more than max_source_frames = {bounds.max_source_frames} frames")
     rate = options.fps or fps
     most = min(num_frames, options.max_frames or num_frames)
+    duration = len(parts) / rate
+    if duration > bounds.max_duration:
+        raise VideoError(
+            f"{len(parts)} frames at video_fps = {rate:g} last {duration:.0f} s, more than "
+            f"max_duration = {bounds.max_duration:g} s"
+        )
     stamps = [index / rate for index in range(len(parts))]
     sample = choose(
-        stamps, len(parts) / rate, fps=None, max_frames=most, start=options.start, end=options.end, temporal_merge=1
+        stamps, duration, fps=None, max_frames=most, start=options.start, end=options.end, temporal_merge=1
     )
     chosen = [int(index) for index in sample.indices]
     rule = None if resize is None else Resize(**resize)
@@ -80,7 +86,7 @@ def load_jpeg_sequence(
     video = DecodedVideo(
         frames=frames,
         times=sample.times,
-        duration=len(parts) / rate,
+        duration=duration,
         window=sample.window,
         total_frames=len(parts),
         source_fps=rate,

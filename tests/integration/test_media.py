@@ -214,6 +214,13 @@ def test_the_rate_of_a_jpeg_sequence() -> None:
     assert len(frames) == 4
 
 
+@pytest.mark.parametrize("rate", [5e-324, 1e-300, 1e-4])
+def test_jpeg_sequences_that_would_last_too_long(rate: float) -> None:
+    text = refused(sequence(*[jpeg()] * 8), VideoOptions(fps=rate))[1]
+    assert f"8 frames at video_fps = {rate:g}" in text
+    assert "max_duration = 21600 s" in text
+
+
 def test_jpeg_sequences_meet_the_limits() -> None:
     limits = {"num_frames": 8, "max_pixels": 64 * 64, "max_output_bytes": 3 * 64 * 64 * 3}
     assert fetch(sequence(*[jpeg(64, 64)] * 3), **limits)[0].shape == (3, 64, 64, 3)

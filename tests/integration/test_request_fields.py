@@ -148,6 +148,9 @@ def test_a_value_out_of_range_names_field_value_and_range(field: str, bad: Any, 
     [
         ("fps", "video_fps"),
         ("videoStart", "video_start"),
+        ("VideoStart", "video_start"),
+        ("VIDEO_END", "video_end"),
+        ("RetentionRatio", "retention_ratio"),
         ("video-end", "video_end"),
         ("video_stop", "video_end"),
         ("video_window", "video_end"),
@@ -159,6 +162,15 @@ def test_a_value_out_of_range_names_field_value_and_range(field: str, bad: Any, 
 def test_unknown_fields_that_were_meant_as_ours(name: str, meant: str) -> None:
     with pytest.raises(VLLMValidationError, match=f"did you mean '{meant}'"):
         request(VIDEO, **{name: 1})
+
+
+@pytest.mark.parametrize("field", [protocol.FIELD, protocol.METHOD_FIELD, *protocol.VIDEO_FIELDS])
+@pytest.mark.parametrize("value", ["x" * 5000, 10**400, [1] * 5000 + ["x"]])
+def test_a_long_value_is_not_sent_back_whole(field: str, value: Any) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        run(VIDEO, **{field: value})
+    assert field in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_extra_body_in_the_json() -> None:

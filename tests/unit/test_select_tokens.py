@@ -122,3 +122,27 @@ def test_public_surface() -> None:
         "num_retained_tokens",
         "select_tokens",
     ]
+
+
+@pytest.mark.parametrize("method", [name for name in methods.names() if methods.get(name).weights is None])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("saliency", [[1.0] * 6] * 4),
+        ("seconds", [0, 1, 2, 3]),
+        ("grid", (4, 2, 3)),
+        ("frame_features", "mean"),
+        ("text_after", 5),
+        ("policy", "a/directory"),
+        ("weights", "a/directory"),
+    ],
+)
+def test_side_inputs_of_another_type_are_named(method: str, name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a .* or None, got {type(value).__name__}$"):
+        select_tokens(torch.zeros(4, 6, 8), 0.5, method=method, **{name: value})
+
+
+@pytest.mark.parametrize("seed", [None, "x", 1.5, 2**64])
+def test_a_seed_is_a_whole_number(seed: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="option 'seed' of method 'random' must be an integer"):
+        select_tokens(torch.zeros(4, 6, 8), 0.5, method="random", seed=seed)
