@@ -103,7 +103,12 @@ def select_tokens(
 def _check_signals(x: torch.Tensor, signals: dict[str, Any]) -> None:
     """Refuse side inputs whose type, shape or dtype does not fit ``x`` [T, N, D]."""
     frames, per_frame, d = x.shape
-    for name, kind in (*((name, torch.Tensor) for name in _TENSORS), ("grid", VideoGrid), ("policy", RetentionPolicy), ("weights", methods.Learned)):
+    for name, kind in (
+        *((name, torch.Tensor) for name in _TENSORS),
+        ("grid", VideoGrid),
+        ("policy", RetentionPolicy),
+        ("weights", methods.Learned),
+    ):
         given = signals.get(name)
         if not isinstance(given, kind | None):
             raise TypeError(f"{name} must be a {kind.__name__} or None, got {type(given).__name__}")

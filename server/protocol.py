@@ -100,7 +100,9 @@ def parse_retention_method(value: Any) -> str | None:
     """
     if value is None or isinstance(value, str):
         return value
-    raise VLLMValidationError(f"retention_method must be the name of a method, got {brief(value)}", parameter=METHOD_FIELD)
+    raise VLLMValidationError(
+        f"retention_method must be the name of a method, got {brief(value)}", parameter=METHOD_FIELD
+    )
 
 
 class VideoFields(BaseModel):

@@ -55,9 +55,7 @@ def load_jpeg_sequence(
             f"max_duration = {bounds.max_duration:g} s"
         )
     stamps = [index / rate for index in range(len(parts))]
-    sample = choose(
-        stamps, duration, fps=None, max_frames=most, start=options.start, end=options.end, temporal_merge=1
-    )
+    sample = choose(stamps, duration, fps=None, max_frames=most, start=options.start, end=options.end, temporal_merge=1)
     chosen = [int(index) for index in sample.indices]
     rule = None if resize is None else Resize(**resize)
     size = (0, 0)
