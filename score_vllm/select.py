@@ -12,7 +12,6 @@ from score_vllm.kernels import ops
 from score_vllm.policy import RetentionPolicy
 from score_vllm.types import TokenSelection, VideoGrid
 
-
 # Signals that are tensors.
 _TENSORS = ("saliency", "frame_features", "seconds", "text_before", "text_after")
 

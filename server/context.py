@@ -74,7 +74,8 @@ def enter(request: VideoFields, state: ServerState | None) -> RequestContext:
     serving = state.serving
     if request.retention_method not in (None, *serving.methods):
         raise VLLMValidationError(
-            f"{METHOD_FIELD} must be one of {list(serving.methods)} on this server, got {brief(request.retention_method)}",
+            f"{METHOD_FIELD} must be one of {list(serving.methods)} on this server, "
+            f"got {brief(request.retention_method)}",
             parameter=METHOD_FIELD,
         )
     if getattr(request, "media_io_kwargs", None) and not state.trusts_requests and state.max_frames is not None:
