@@ -65,7 +65,7 @@ def kernels_whole(results: dict[str, Document], part: Any) -> str:
 
 BLOCKS = {
     "methods": Block(
-        pattern="methods_[cg]pu*.json",
+        pattern="methods_[cg]pu.json",
         rows=methods_rows,
         caption="times `score`'s on {environment[machine]}; T = {video[T]}, N = {video[N]}, D = {video[D]}, "
         "{video[dtype]}, {video[content]}; medians of {repeats}",
