@@ -1,6 +1,6 @@
 """The compressor's operations, with the backend chosen here. Callers import only this module.
 
-CUDA tensors run the Triton kernels, all others the blocked torch path. Which one ran is on record:
+CUDA tensors run the Triton kernels, all others the blocked torch path. Which one ran is told by
 :func:`last_backend`. Nothing here synchronises with the host but :func:`pack_weights`, and :func:`score`, which packs.
 
 One file: every operation shares the dispatch and its record.
