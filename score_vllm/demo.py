@@ -36,7 +36,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# The format of Qwen2.5-VL's conversations, written anew: a default system turn, vision spans, no tools.
+# The format of Qwen2.5-VL's conversations, written for this project: a default system turn, vision spans, no tools.
 CHAT_TEMPLATE = """
 {%- if messages[0]['role'] != 'system' -%}
 <|im_start|>system
