@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
 def _become_supervised() -> Path:
     """Fork: the child returns and becomes the server, in a folder for everything temporary; this process, with the id
     that the user knows, becomes the supervisor (:mod:`score_vllm.server.supervisor`) and never returns."""
-    folder = Path(tempfile.mkdtemp(prefix="score-serve-"))
+    # The path of a socket may have 107 bytes, and vLLM's sockets have names of 36.
+    short = len(tempfile.gettempdir()) <= 40 or not os.access("/tmp", os.W_OK)
+    folder = Path(tempfile.mkdtemp(prefix="score-serve-", dir=None if short else "/tmp"))
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     # Held back until somebody is there to act on them: the supervisor polls for them, the child takes them as ever.
     signal.pthread_sigmask(signal.SIG_BLOCK, (*stop, signal.SIGCHLD))

@@ -236,7 +236,7 @@ class ScoreEndpointPlugin:
         if serving is None:
             return
         await _verify(engine_client, serving)
-        sampling.refuse_seed_on_cpu(engine_client)
+        sampling.guard_inputs(engine_client)
         sandbox.configure(max_bytes_in_flight=DECODING_BYTES)
         sandbox.start()
         hook_renderer(engine_client.renderer)

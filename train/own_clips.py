@@ -75,27 +75,30 @@ class ClipDescriber:
         """Clips that are not described yet."""
         return sum(self._key(path, "clip") not in self._known for path in paths)
 
-    def describe(self, paths: list[Path], held_out: list[Path]) -> tuple[list[Described], dict[Path, str]]:
+    def describe(
+        self, paths: list[Path], held_out: list[Path], *, quiet: bool = False
+    ) -> tuple[list[Described], dict[Path, str]]:
         """Describe this process's share of the clips.
 
         Args:
             paths: all clips.
             held_out: of these, those that get no stills.
+            quiet: no progress bar and no warnings.
 
         Returns:
             ``(described, unreadable)``: unreadable clips with the reason.
         """
         mine = paths[self._process :: self._processes]
-        bar = tqdm(
-            mine, desc="describing", unit="clip", disable=self._process > 0 or not self.settings.tracking.progress
-        )
+        shown = self._process == 0 and self.settings.tracking.progress and not quiet
+        bar = tqdm(mine, desc="describing", unit="clip", disable=not shown)
         found, unreadable = [], {}
         for path in bar:
             try:
                 found.append(self.one(path, stills=path not in held_out))
             except BrokenSampleError as error:
                 unreadable[path] = str(error)
-                logger.warning("skipped a clip: %s", error)
+                if not quiet:
+                    logger.warning("skipped a clip: %s", error)
         return found, unreadable
 
     def one(self, path: Path, stills: bool) -> Described:
@@ -178,7 +181,7 @@ def prepare(settings: TrainSettings, describer: ClipDescriber, paths: list[Path]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         # Everything is known now, whoever described it: nothing is decoded but clips that cannot be.
-        found, unreadable = ClipDescriber(quiet(settings), describer.engine).describe(paths, held_out)
+        found, unreadable = ClipDescriber(settings, describer.engine).describe(paths, held_out, quiet=True)
         train = [d for d in found if d.path not in held_out]
         if len(found) < MIN_CLIPS or not train:
             raise ConfigurationError(
@@ -190,17 +193,12 @@ def prepare(settings: TrainSettings, describer: ClipDescriber, paths: list[Path]
         stills = [{"image": f"stills/{name}", "caption": said} for d in train for name, said in d.stills.items()]
         write_lines(describer.folder / OWN_FILES["stills"], stills)
         print(f"clips    {len(train)} to train on, {len(found) - len(train)} held out, {len(unreadable)} unreadable")
-        for path, reason in unreadable.items():
-            print(f"         {path}: {reason}")
+        for reason in unreadable.values():
+            print(f"         {reason}")
         for described in found[:3]:
             print(f"         {described.path.name}: {' '.join(described.text.split())[:160]}")
     accelerator.wait_for_everyone()
     return held_out
-
-
-def quiet(settings: TrainSettings) -> TrainSettings:
-    """The same settings without a progress bar."""
-    return settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"progress": False})})
 
 
 def choose_held_out(paths: list[Path], seed: int) -> list[Path]:

@@ -17,7 +17,7 @@ from score_vllm.train.frozen.captioner import describe
 from score_vllm.train.frozen.feature_cache import CachedSample
 from score_vllm.train.frozen.model import FrozenVLM
 from score_vllm.train.objective.rollout import noise_generator
-from score_vllm.train.own_clips import ClipDescriber, quiet
+from score_vllm.train.own_clips import ClipDescriber
 from score_vllm.train.step import sample_step
 
 # A warm-up clip has 2 to 4 stills of 3 to 6 frames.
@@ -95,8 +95,8 @@ def report(settings: TrainSettings, engine: FrozenVLM, held_out: list[Path]) -> 
     from score_vllm.viz.draw import draw
 
     policy = RetentionPolicy.from_pretrained(Path(settings.output) / "policy").to(engine.device)
-    describer = ClipDescriber(quiet(settings), engine)
-    described, _ = describer.describe(held_out, held_out)
+    describer = ClipDescriber(settings, engine)
+    described, _ = describer.describe(held_out, held_out, quiet=True)
     folder = Path(settings.output) / "held_out"
     folder.mkdir(parents=True, exist_ok=True)
     ratios, names = (0.25, 0.1), ("score", "uniform", "random")

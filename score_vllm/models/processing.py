@@ -169,8 +169,12 @@ class CompressionProcessorMixin:
             result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)  # type: ignore[misc]
         finally:
             _reports.reset(token)
-        self._check_context(reports)
-        self._check_position_range(reports)
+        try:
+            self._check_context(reports)
+            self._check_position_range(reports)
+        except RequestFieldError:
+            forget_items(inputs.cache, result)
+            raise
         result[REPORT_KEY] = reports
         return result
 
@@ -308,6 +312,19 @@ def resolve_ratios(asked: Any, num_videos: int, default: float) -> tuple[float, 
         return tuple(check_retention_ratio(ratio, f"{RATIO_KEY}[{i}]") for i, ratio in enumerate(asked))
     except (TypeError, ValueError) as error:
         raise RequestFieldError(str(error)) from error
+
+
+def forget_items(cache: Any, prompt: Any) -> None:
+    """Take the items of a refused prompt out of vLLM's processor cache: it would not send them to the engine again.
+
+    Args:
+        cache: of the API process; None where there is none.
+        prompt: what the processor made.
+    """
+    if cache is not None and isinstance(prompt, dict):
+        for hashes in prompt.get("mm_hashes", {}).values():
+            for digest in hashes:
+                cache.invalidate(digest)
 
 
 def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict[str, Any]]:

@@ -29,6 +29,8 @@ def why_not(container: Any, stream: Any, timeline: Timeline, first: Any) -> str:
         return "an edit list hides some pictures"
     if timeline.rewritten or len(timeline.ticks) != len(timeline.pts):
         return "its time stamps had to be repaired"
+    if (np.minimum.reduceat(timeline.pts, timeline.keys) < timeline.pts[timeline.keys]).any():
+        return "its groups of pictures are open, where decord's seeking gives wrong pictures"
     if len(container.streams.video) > 1:
         return "it has several video streams"
     if orientation(first) != (1, 0, 0, 1):

@@ -36,7 +36,7 @@ def test_every_ratio_of_a_long_clip_at_default_flags(ratio: float, server: Serve
 
 
 def test_a_clip_above_the_limit_is_a_400_with_tokens_limit_and_flags(server: Server) -> None:
-    """Frames so thin that the model's processor cannot bring them under the pixel limit of 192 tokens."""
+    """Frames so thin that no resizing brings them under the pixel limit: some tokens more than 192 in a row."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((28, 5600, 3), 200, np.uint8)).save(buffer, "JPEG")
     frame = base64.b64encode(buffer.getvalue()).decode()
@@ -47,8 +47,7 @@ def test_a_clip_above_the_limit_is_a_400_with_tokens_limit_and_flags(server: Ser
         )
         assert status == 400, answer
         message = answer["error"]["message"]
-        tokens, columns = map(int, re.search(r"(\d+) visual tokens \(64 x 1 x (\d+)\)", message).groups())
-        assert tokens == 64 * columns > 12288
+        assert re.search(r"the video has 12\d{3} visual tokens \(64 x 1 x 19[3-9]\)", message)
         for part in ("at most 12288", "--max-frames 128", "--max-pixels 150528"):
             assert part in message
 

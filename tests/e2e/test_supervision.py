@@ -34,9 +34,9 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     while not what():
-        assert process.poll() is None, f"the server ended with {process.returncode}"
+        assert process.poll() is None, f"the server ended with {process.returncode}:\n{log.read_text()[-3000:]}"
         time.sleep(0.05)
 
 
@@ -64,15 +64,18 @@ MOMENTS: dict[str, Callable[[subprocess.Popen[bytes], Path], bool]] = {
     ("moment", "send"), [*zip(MOMENTS, (os.kill, os.killpg, os.kill), strict=True)], ids=("modules", "group", "engine")
 )
 def test_sigterm_while_starting_ends_everything(
-    moment: str, send: Callable[[int, int], None], cache: Path, tmp_path: Path
+    moment: str,
+    send: Callable[[int, int], None],
+    cache: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = tmp_path_factory.mktemp("t")
     log = tmp_path / "log"
     args = ["--model", "demo", "--host", "127.0.0.1", "--port", str(free_port())]
     process = start(args, environment(cache, TMPDIR=str(temporary)), log)
     try:
-        wait_for(lambda: MOMENTS[moment](process, log), process)
+        wait_for(lambda: MOMENTS[moment](process, log), process, log)
         everything = descendants(process)
         assert everything
         began = time.monotonic()
@@ -89,8 +92,7 @@ def test_sigterm_while_starting_ends_everything(
 def two_api_servers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Server]:
     """Behind one port, with one engine; its temporary folder is ``media``."""
     folder = tmp_path_factory.mktemp("two")
-    temporary = folder / "tmp"
-    temporary.mkdir()
+    temporary = tmp_path_factory.mktemp("t")
     port = free_port()
     args = ["--model", "demo", "--host", "127.0.0.1", "--port", str(port), "--api-server-count", "2"]
     log = folder / "log"

@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
 from score_vllm import num_retained_tokens, plugin
@@ -140,6 +141,24 @@ def test_more_kept_tokens_than_a_prompt_may_have_names_a_ratio_that_fits(tiny_mo
     with pytest.raises(RequestFieldError, match=r"1352 of 1352 visual tokens .*--max-model-len.* below 0.38"):
         process(made, video)
     process(made, video, 0.37)
+
+
+def test_a_refused_video_is_not_believed_to_be_in_the_engine(tiny_model: Path) -> None:
+    """vLLM's processor cache sends an item once; after a refusal it must send it again."""
+    from vllm.multimodal.processing import ProcessorInputs, TimingContext
+
+    forgotten: list[str] = []
+    made = processor(tiny_model, 16, max_model_len=512)
+    items = made.info.parse_mm_data({"video": [make_video(16, 364, 364, seed=6)]})
+    inputs = ProcessorInputs(
+        made.info.get_tokenizer().encode(PROMPT), items, hf_processor_mm_kwargs={"retention_ratio": 1.0}
+    )
+    cache = MultiModalProcessorOnlyCache(made.info.ctx.model_config)
+    cache.invalidate = forgotten.append  # type: ignore[method-assign]
+    inputs.cache = cache
+    with pytest.raises(RequestFieldError):
+        made.apply(inputs, TimingContext(enabled=False))
+    assert len(forgotten) == 1
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 2000))

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from score_vllm.server.sampling import refuse_seed_on_cpu
+from score_vllm.server.sampling import guard_inputs
 from tests.integration.conftest import CHUNK, Engine, make_video
 
 PROMPT = "Look <|vision_start|><|video_pad|><|vision_end|> now"
@@ -114,17 +114,25 @@ def test_a_preempted_video_is_computed_again_to_the_same_tokens(engine: Engine) 
     assert [output.outputs[0].token_ids for output in together] == alone
 
 
-def test_a_seed_that_would_end_the_cpu_engine_is_refused() -> None:
+def test_a_seed_that_would_end_the_cpu_engine_is_refused_and_its_videos_forgotten() -> None:
+    """vLLM's processor cache would otherwise send the next request without them."""
     asked: list[Any] = []
-    client: Any = SimpleNamespace(input_processor=SimpleNamespace(_validate_params=lambda *args: asked.append(args)))
-    refuse_seed_on_cpu(client)
-    validate = client.input_processor._validate_params
+    forgotten: list[str] = []
+    client: Any = SimpleNamespace(
+        input_processor=SimpleNamespace(process_inputs=lambda *args: asked.append(args)),
+        renderer=SimpleNamespace(mm_processor_cache=SimpleNamespace(invalidate=forgotten.append)),
+    )
+    guard_inputs(client)
+    process = client.input_processor.process_inputs
+    prompt = {"type": "multimodal", "mm_hashes": {"video": ["a", "b"], "image": ["c"]}}
     with pytest.raises(VLLMValidationError, match=r"seed 3 is not supported by vLLM's CPU engine at temperature 0.7"):
-        validate(SamplingParams(seed=3, temperature=0.7), ())
+        process("1", prompt, SamplingParams(seed=3, temperature=0.7))
     assert asked == []
+    assert forgotten == ["a", "b", "c"]
     for params in (SamplingParams(seed=3, temperature=0), SamplingParams(temperature=0.7)):
-        validate(params, ())
+        process("2", prompt, params)
     assert len(asked) == 2
+    assert len(forgotten) == 3
 
 
 def test_a_generator_on_the_cpu_cannot_be_rewound() -> None:

@@ -31,6 +31,7 @@ from score_vllm.video import (
     sandbox,
 )
 from score_vllm.video.sandbox import decode_video_isolated
+from tests.video_clips import CASES, faults, make
 
 MEBIBYTE = 1 << 20
 
@@ -342,6 +343,31 @@ def test_many_at_once(clips: dict[str, Path]) -> None:
         results = list(pool.map(lambda _: decode(data), range(32)))
     assert all(np.array_equal(results[0], other) for other in results)
     assert sandbox._gate.active == 0
+
+
+def test_concealed_damage_crosses_over(clips: dict[str, Path]) -> None:
+    """With several decoder threads FFmpeg's words are read from standard error."""
+    data = bytearray(clips["plain"].read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 400] = bytes(400)
+    assert "the file is damaged" in " ".join(decode_video_isolated(bytes(data)).warnings)
+    assert decode_video_isolated(clips["plain"].read_bytes()).warnings == ()
+
+
+DECORD = [(kind, container) for kind, container in CASES if container in ("mp4", "matroska", "avi", "mpegts")]
+
+
+@pytest.mark.parametrize(("kind", "container"), DECORD)
+def test_decord_reads_what_it_reads_rightly(kind: str, container: str) -> None:
+    """The rest is read with PyAV, which a warning says; nothing hangs, and no picture is wrong."""
+    pytest.importorskip("decord")
+    data, truth = make(kind, container)
+    video = decode_video_isolated(data, backend="decord")
+    assert faults(video.frames, video.times, truth) == []
+    fallen_back = any("instead of decord" in warning for warning in video.warnings)
+    if kind in ("constant rate", "fragmented") and container == "mp4":
+        assert not fallen_back
+    if kind in ("edit list", "joined", "two streams", "orientation (0, 1, -1, 0)"):
+        assert fallen_back
 
 
 def test_the_window_error_crosses_over(clips: dict[str, Path]) -> None:
