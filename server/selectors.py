@@ -54,8 +54,8 @@ def resolve_selectors(
     needed = [name for name in chosen if name in learned_methods()]
     sources: dict[str, str] = {}
     for value in given:
-        name, separator, source = value.partition("=")
-        if not separator:
+        name, _, source = value.partition("=")
+        if not name.isidentifier() or "=" not in value:  # paths may hold a = too
             if len(needed) != 1:
                 raise UsageError(
                     f"--selector {value!r} must be METHOD=SOURCE: the learned methods of this server are {needed}"
@@ -65,6 +65,8 @@ def resolve_selectors(
             raise UsageError(f"--selector names method {name!r}; the learned methods of this server are {needed}")
         if name in sources:
             raise UsageError(f"--selector is given twice for method {name!r}")
+        if not source:
+            raise UsageError(f"--selector {value!r} must name a directory or a hub id")
         sources[name] = source
     directories, digests = {}, {}
     for name in needed:

@@ -23,6 +23,8 @@ DRAIN_FILE = "drain"
 STOP_SECONDS = 6.0
 # Seconds in which the server notices by itself that one of its processes is gone, and ends with its own messages.
 NOTICE_SECONDS = 15.0
+# Seconds in which Python's resource trackers remove the shared memory of processes that were killed.
+TRACKER_SECONDS = 2.0
 POLL_SECONDS = 0.2
 SCAN_SECONDS = 2.0
 TITLE = "VLLM::"
@@ -59,15 +61,25 @@ def reap(server: int) -> int | None:
     return code
 
 
+def is_tracker(process: psutil.Process) -> bool:
+    """Python's resource tracker: it ends by itself once those that it watches have, and removes what they left."""
+    with contextlib.suppress(psutil.Error):
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    return False
+
+
 def end_all(server: int) -> int | None:
-    """Kill what is left. A process that starts another one meanwhile is met again.
+    """Kill what is left, resource trackers last. A process that starts another one meanwhile is met again.
 
     Returns:
         The server's exit code, where it was among them.
     """
     code = None
+    patience = time.monotonic() + TRACKER_SECONDS
     while left := processes_below():
         for process in left:
+            if time.monotonic() < patience and is_tracker(process):
+                continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(0.02)

@@ -65,6 +65,9 @@ def test_methods_without_weights_need_none() -> None:
         (("{}", "visionselector={}"), {}, "--selector is given twice for method 'visionselector'"),
         (("{}",), {"width": 3584}, f"was made for hidden size {D}, but the model has hidden size 3584"),
         (("{}",), {"architecture": LLAVA}, f"exists for {QWEN}, but the model is {LLAVA}"),
+        (("/runs/lr=3/{}",), {}, "--selector: /runs/lr=3/"),
+        (("",), {}, "--selector '' must name a directory or a hub id"),
+        (("visionselector=",), {}, "--selector 'visionselector=' must name a directory or a hub id"),
         (("./nowhere",), {}, "has neither model.safetensors.index.json nor a .safetensors file"),
     ],
 )

@@ -108,3 +108,17 @@ def test_without_its_supervisor_the_server_ends(tmp_path: Path) -> None:
     psutil.wait_procs([run.server, run.engine], timeout=10)
     assert not run.server.is_running()
     assert not run.engine.is_running()
+
+
+SHARES = "from multiprocessing.shared_memory import SharedMemory; memory = SharedMemory({name!r}, True, 4096); "
+
+
+def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
+    name = f"score-test-{os.getpid()}"
+    run = Supervised(SHARES.format(name=name) + "print('shared', flush=True); " + IGNORES, tmp_path)
+    assert run.process.stdout is not None
+    assert run.process.stdout.readline() == "shared\n"
+    assert Path("/dev/shm", name).exists()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(12)[0] == 128 + signal.SIGTERM
+    assert not Path("/dev/shm", name).exists()
