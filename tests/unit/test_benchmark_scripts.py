@@ -21,8 +21,3 @@ def test_the_readme_names_every_script(path: Path) -> None:
 
 def test_there_are_scripts() -> None:
     assert len(SCRIPTS) >= 12
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(BENCHMARKS).as_posix())
-def test_no_file_is_too_long(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
