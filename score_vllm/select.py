@@ -140,7 +140,7 @@ def select_retained(
 ) -> tuple[TokenSelection, torch.Tensor]:
     """:func:`select_tokens` in ``exact`` mode for a caller that holds K already: serving.
 
-    ``evs``, ``vidcom2``, ``dycoke`` and ``visionselector`` do not sync the host. ``score`` does once, where it packs the
+    ``evs``, ``vidcom2``, ``dycoke`` and ``visionselector`` do not sync the host. ``score`` does once, to pack the
     policy (a server packs it at start and calls :func:`score_vllm.kernels.ops.select_rows`), and the others for the
     segments or the budgets of the video, which shape everything after.
 
