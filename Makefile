@@ -19,7 +19,7 @@ test: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
-	@.venv/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n $(WORKERS) --no-loadscope-reorder --max-worker-restart=0
 
 # Under two minutes: what an author runs after every change.
 check: lint

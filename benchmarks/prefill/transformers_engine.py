@@ -27,7 +27,7 @@ from score_vllm.select import select_retained
 
 SECONDS_PER_CELL = 1.0
 # Methods whose kept rows absorb others; the rest hand over the rows that they keep.
-MERGING = ("fastvid", "holitom")
+MERGING = ("fastvid", "flashvid", "holitom", "tango")
 
 
 @dataclass(frozen=True, eq=False)

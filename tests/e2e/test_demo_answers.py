@@ -14,12 +14,16 @@ from score_vllm import RetentionPolicy, demo, select_tokens
 
 def ask(server: Any, clip: Path, question: str, ratio: float) -> str:
     content = [{"type": "video_url", "video_url": {"url": f"file://{clip}"}}, {"type": "text", "text": question}]
-    answer = server.client().chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": content}],
-        temperature=0,
-        max_tokens=80,
-        extra_body={"retention_ratio": ratio},
+    answer = (
+        server.client()
+        .with_options(max_retries=2)
+        .chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": content}],
+            temperature=0,
+            max_tokens=80,
+            extra_body={"retention_ratio": ratio},
+        )
     )
     return str(answer.choices[0].message.content)
 
