@@ -26,32 +26,44 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("e2e", "integration", "gpu", "kernels", "unit")
 
 
+# What tells that a test file starts an engine or a server of vLLM; those that share one come first.
+VLLM_USERS = (
+    r"\bserver: ",
+    r"\bengine: Engine\b",
+    r"\bserved: |RUNNER|prefill_latency\.py|running_process|score-serve",
+)
+
+
 @functools.cache
-def shared_fixture(path: str) -> str:
-    """The slow fixture that a test file shares with others, or the file itself: what one worker has to run alone."""
+def vllm_rank(path: str) -> int:
+    """Place of a test file among those that start vLLM; ``len(VLLM_USERS)`` for the others."""
+    if not path.startswith(("tests/e2e/", "tests/integration/")):
+        return len(VLLM_USERS)
     text = (ROOT / path).read_text()
-    return next((name for name in ("server", "engine") if re.search(rf"\b{name}: (Server|Engine)\b", text)), path)
+    found = (rank for rank, pattern in enumerate(VLLM_USERS) if re.search(pattern, text))
+    return next(found, 2 if path.startswith("tests/e2e/") else len(VLLM_USERS))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that share a server or an engine run in one worker; the others stay together by file."""
+    """What starts vLLM runs in one worker, one after the other; the other files go to whoever is free."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFixture(LoadScopeScheduling):
+    class ByEngine(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return shared_fixture(nodeid.split("::")[0])
+            path = nodeid.split("::")[0]
+            return "vllm" if vllm_rank(path) < len(VLLM_USERS) else path
 
-    return ByFixture(config, log)
+    return ByEngine(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, so that no worker is left with it at the end."""
+    """What takes longest starts first; an engine that files share is done before others replace its groups."""
 
-    def order(item: pytest.Item) -> tuple[bool, int]:
+    def order(item: pytest.Item) -> tuple[int, int]:
         path = item.path.relative_to(ROOT)
         tier = path.parts[1]
-        return shared_fixture(str(path)) == str(path), TIERS.index(tier) if tier in TIERS else len(TIERS)
+        return vllm_rank(path.as_posix()), TIERS.index(tier) if tier in TIERS else len(TIERS)
 
     items.sort(key=order)
 

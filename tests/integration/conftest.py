@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.update(
@@ -103,7 +104,10 @@ def engine(tiny_model: Path, tiny_policy: Path, tiny_selector: Path) -> Iterator
     model._process_image_input = spy_image
     model.language_model.model.forward = spy_forward
     yield made
-    llm.llm_engine.engine_core.shutdown()  # at exit, vLLM's own finalizer comes too late and prints a traceback
+    # At exit, vLLM's own finalizer comes too late and prints a traceback.
+    llm.llm_engine.engine_core._finalizer.detach()
+    with contextlib.suppress(ValueError):  # engines of other files may have taken the process groups with them
+        llm.llm_engine.engine_core.shutdown()
 
 
 def make_video(
