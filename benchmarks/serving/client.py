@@ -12,7 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from score_vllm import num_retained_tokens
@@ -65,6 +66,17 @@ class Request:
             stream_options={"include_usage": True, "continuous_usage_stats": True},
             return_token_ids=True,
         )
+
+
+def write_requests(path: Path, requests: Sequence[Request]) -> None:
+    """Requests as JSON, for the locustfile."""
+    path.write_text(json.dumps([asdict(request) for request in requests]))
+
+
+def read_requests(path: Path) -> list[Request]:
+    """What :func:`write_requests` wrote."""
+    found = json.loads(path.read_text())
+    return [Request(**entry | {"counts": entry["counts"] and Counts(**entry["counts"])}) for entry in found]
 
 
 class EventParser:

@@ -3,19 +3,23 @@ how to read it.
 
     python -m benchmarks.serving.load             # 20 to 30 minutes on two quiet cores
     python -m benchmarks.serving.load --quick
+    python -m benchmarks.serving.load --crosscheck    # with vLLM's bench serve; a few minutes
 
 For each configuration (vanilla, each ratio, and all ratios mixed) a server is started, checked against vanilla's
-answers at ratio 1, warmed, and given the same requests at each concurrency: the same clips and questions in the same
-order, no clip twice within a level, every cache off. Every answer is checked as it comes: its tokens, its prompt's
-exact length, the server's report of retained tokens. Ends with 1 if any request failed.
+answers at ratio 1, warmed, and given the same requests by locust (locustfile.py) at each concurrency: the same clips
+and questions in the same order, no clip twice within a level, every cache off. Every answer is checked as it comes: its
+tokens, its prompt's exact length, the server's report of retained tokens. Ends with 1 if any request failed.
+``--crosscheck`` gives the requests of vanilla and one ratio to ``bench serve`` too, and compares what both clients saw.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import json
+import os
+import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +29,14 @@ from tqdm import tqdm
 
 from benchmarks.harness import at_least, integers, ratios, row_name
 from benchmarks.serving.aggregate import aggregate
-from benchmarks.serving.client import Counts, Request, stream
+from benchmarks.serving.bench_serve import crosscheck
+from benchmarks.serving.client import Counts, Request, write_requests
 from benchmarks.serving.monitoring import Monitor
+from benchmarks.serving.process import tail
 from benchmarks.serving.server import SERVED_NAME, Server, running
 from benchmarks.serving.setup import Setup, answers_of, check_ratio_one, parse, prepare, serving_parser
-from score_vllm.client import Client
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
 @dataclass(frozen=True)
@@ -86,45 +93,26 @@ def make_requests(
     ]
 
 
-async def run_users(client: Client, model: str, requests: Sequence[Request], users: int) -> list[dict[str, Any]]:
-    """Send requests in a closed loop: each user sends the next one as soon as its last is answered.
-
-    Returns:
-        A record per request, in order: ratio, times in seconds, counts, and what was wrong with it, or None.
-    """
-    records: dict[int, dict[str, Any]] = {}
-    work = iter(enumerate(requests))
-
-    async def user() -> None:
-        for number, request in work:
-            answer = await stream(client, model, request)
-            records[number] = {
-                "retention_ratio": request.ratio,
-                "sent": answer.sent,
-                "end": answer.end,
-                "ttft": answer.ttft if answer.arrivals else None,
-                "itl": answer.gaps(),
-                "prompt_tokens": answer.usage.get("prompt_tokens"),
-                "completion_tokens": answer.tokens,
-                "error": answer.problem(request),
-            }
-
-    await asyncio.gather(*(user() for _ in range(users)))
-    return [records[number] for number in sorted(records)]
-
-
 def run_level(
-    url: str, model: str, requests: Sequence[Request], users: int, api_key: str | None = None, timeout: float = 900
-) -> tuple[list[dict[str, Any]], float]:
-    """Records of :func:`run_users`, and the client's CPU seconds."""
+    url: str, model: str, requests: Sequence[Request], users: int, folder: Path, api_key: str = ""
+) -> list[dict[str, Any]]:
+    """Send requests through locust in a closed loop of users; the records of ``locustfile.py``, in order.
 
-    async def run() -> list[dict[str, Any]]:
-        async with Client(f"{url}/v1", api_key, timeout=timeout) as client:
-            return await run_users(client, model, requests, users)
-
-    before = time.process_time()
-    records = asyncio.run(run())
-    return records, time.process_time() - before
+    Raises:
+        RuntimeError: locust failed; its log is named.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="locust-", dir=folder))
+    plan, records, log = folder / "requests.json", folder / "records.jsonl", folder / "locust.log"
+    write_requests(plan, requests)
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", "--host", url]
+    command += ["--users", str(users), "--spawn-rate", str(users), "--exit-code-on-error", "0"]
+    command += ["--served-model", model, "--requests", str(plan), "--records", str(records)]
+    with log.open("wb") as sink:
+        env = {**os.environ, "LOCUST_API_KEY": api_key}
+        code = subprocess.run(command, env=env, stdout=sink, stderr=subprocess.STDOUT, cwd=folder).returncode
+    if code or not records.is_file():
+        raise RuntimeError(f"locust ended with {code} (log: {log}):\n{tail(log)}")
+    return sorted(map(json.loads, records.read_text().splitlines()), key=lambda record: record["number"])
 
 
 def requests_of(users: int, args: argparse.Namespace) -> int:
@@ -133,15 +121,22 @@ def requests_of(users: int, args: argparse.Namespace) -> int:
 
 
 def run_config(server: Server, config: Config, counts: Counts, setup: Setup) -> list[dict[str, Any]]:
-    """Every concurrency on one server; a row each."""
+    """Every concurrency on one server; a row each, or with ``--crosscheck`` one per client."""
     args, clips, rows, first = setup.args, setup.clips[2:], [], 0
     for users in tqdm(args.concurrency, desc=config.name, unit="level"):
         count = requests_of(users, args)
         requests = make_requests(counts, clips, config.ratios, count, first, args.max_tokens)
         first += count
         with Monitor(server) as monitor:
-            records, client_seconds = run_level(server.url, SERVED_NAME, requests, users)
+            records = run_level(server.url, SERVED_NAME, requests, users, setup.folder)
         row = aggregate(records, count)
+        tqdm.write(f"  {config.name}, concurrency {users}: {row['requests_per_second']:.2f} requests/s")
+        if args.crosscheck:
+            folder = setup.folder / f"bench-serve-{config.kind}"
+            common = {"config": config.kind, "retention_ratio": config.ratios[0]}
+            both = crosscheck(server.url, setup.model.path, requests, users, folder, row)
+            rows += [common | one for one in both]
+            continue
         rows.append(
             {
                 "config": config.name,
@@ -150,11 +145,10 @@ def run_config(server: Server, config: Config, counts: Counts, setup: Setup) -> 
                 **row,
                 "peak_rss_bytes": monitor.peak_rss,
                 "peak_kv_cache_share": monitor.peak_kv,
-                "client_cpu_share": client_seconds / row["seconds"],
+                "client_cpu_share": max(record["client_cpu"] for record in records) / row["seconds"],
                 "errors": [record["error"] for record in records if record["error"] is not None][:3],
             }
         )
-        tqdm.write(f"  {config.name}, concurrency {users}: {row['requests_per_second']:.2f} requests/s")
     return rows
 
 
@@ -166,9 +160,12 @@ def main() -> None:
     add("--max-tokens", type=at_least(1), default=16, help="generated per request")
     add("--per-user", type=at_least(1), default=2, help="requests per user and level, at least")
     add("--minimum", type=at_least(1), default=8, help="requests per level, at least")
+    add("--crosscheck", action="store_true", help="24 requests of 4 users at the lowest ratio, by two clients")
     args = parse(parser, max_tokens=4, ratios=[0.1], concurrency=[1, 2], minimum=2)
+    if args.crosscheck:
+        args.ratios, args.concurrency, args.minimum = args.ratios[-1:], [4], 4 if args.quick else 24
     most = max(requests_of(users, args) for users in args.concurrency)
-    setup = prepare("load", args, most + 2, args.max_tokens)
+    setup = prepare("crosscheck" if args.crosscheck else "load", args, most + 2, args.max_tokens)
     checks = [clip.as_uri() for clip in setup.clips[:2]]
     visual = args.shape.visual_tokens
 
@@ -187,6 +184,8 @@ def main() -> None:
                     answers_of(server, checks, ratio)  # warms what the ratio needs
             rows += run_config(server, config, counts, setup)
 
+    if args.crosscheck:
+        args.requests, args.concurrency = most, 4  # as the caption says them
     setup.publish(rows)
     if failures := sum(row["failures"] for row in rows):
         sys.exit(f"{failures} requests failed; logs in {setup.folder}")
