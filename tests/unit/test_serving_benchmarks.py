@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("psutil")
-from benchmarks.serving import aggregate, client, generation, load, scaling, stage_split
+from benchmarks.serving import aggregate, bench_serve, client, generation, load, scaling, stage_split
 
 
 def sse(*chunks: dict[str, Any], done: bool = True) -> bytes:
@@ -136,6 +136,31 @@ def test_a_plan_knows_the_exact_counts() -> None:
         load.make_requests(counts, clips[:1], (0.1,), 2)
     with pytest.raises(ValueError, match="ratios"):
         load.make_requests(counts, clips[:1], (), 1)
+
+
+def test_requests_survive_the_file(tmp_path: Path) -> None:
+    """Those of vanilla, and without known counts, too."""
+    made = [request(4, 0.25, client.Counts(8, 9)), request(5)]
+    client.write_requests(tmp_path / "plan.json", made)
+    assert client.read_requests(tmp_path / "plan.json") == made
+
+
+def test_two_clients_must_see_the_exact_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests of 0.5 * 14 + 33 = 40 tokens each."""
+    theirs = {"failed": 0, "request_throughput": 2.0, "total_input_tokens": 80}
+    theirs |= {"median_ttft_ms": 3.0, "p95_ttft_ms": 4.0, "median_tpot_ms": 5.0}
+    monkeypatch.setattr(bench_serve, "run_bench", lambda command, folder: theirs)
+    ours = {"failures": 0, "requests_per_second": 1.0, "prompt_tokens": 80}
+    ours |= {"ttft_ms": {"p50": 6.0, "p95": 7.0}, "tpot_ms": {"p50": 8.0}}
+    asked = [client.Request("file:///a.mp4", "t", 4, 0.5, client.Counts(14, 33))] * 2
+    rows = bench_serve.crosscheck("u", "m", asked, 2, tmp_path / "one", ours)
+    times = [[row[key] for key in ("client", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms")] for row in rows]
+    assert times == [["vllm bench serve", 3.0, 4.0, 5.0], ["locust", 6.0, 7.0, 8.0]]
+    assert json.loads((tmp_path / "one" / "sharegpt.json").read_text())[0]["video"] == "/a.mp4"
+    for client_row in (theirs | {"total_input_tokens": 160}, theirs | {"failed": 1}):
+        monkeypatch.setattr(bench_serve, "run_bench", lambda command, folder, row=client_row: row)
+        with pytest.raises(SystemExit, match="80 prompt tokens are right"):
+            bench_serve.crosscheck("u", "m", asked, 2, tmp_path / str(id(client_row)), ours)
 
 
 def test_questions_have_one_length() -> None:
