@@ -22,6 +22,7 @@ from typing import Any
 if not __package__:  # locust imports this file from its own folder, whose modules have common names
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import gevent
 from locust import HttpUser, events, task
 from locust.env import Environment
 from locust.exception import StopUser
@@ -35,8 +36,7 @@ DEMO = Path(__file__).resolve().parents[2] / "score_vllm" / "assets" / "demo"
 @events.init_command_line_parser.add_listener
 def add_options(parser: Any) -> None:
     """Options of this file; each can also be set in the environment, as locust's own can."""
-    group = parser.add_argument_group("videos", "What the users ask")
-    add = group.add_argument
+    add = parser.add_argument
     add("--videos", default=str(DEMO), help="a clip, a folder of .mp4 clips, or a URL (default: the demo's clips)")
     add("--send", choices=["base64", "file"], default="base64", help="bytes, or paths that the server opens")
     add("--question", default="What happens in this video?", help="about every clip")
@@ -86,10 +86,19 @@ class VideoUser(HttpUser):
 
     @task
     def ask(self) -> None:
-        """Send the next request and read its answer as it comes."""
+        """Send the next request; after the last answer the run ends."""
         number, request = next(VideoUser.work, (-1, None))
         if request is None:
             raise StopUser
+        try:
+            self.record(number, request, *self.send(request))
+        finally:
+            VideoUser.unanswered -= 1
+            if VideoUser.unanswered == 0:
+                gevent.spawn(self.environment.runner.quit)  # a user who calls it may be ended half-way through
+
+    def send(self, request: Request) -> tuple[Answer, str | None]:
+        """An answer, read as it comes, and what is wrong with it."""
         answer = Answer(time.monotonic())
         with self.client.post(
             "/v1/chat/completions", json=request.body(self.model), stream=True, catch_response=True, timeout=900
@@ -115,10 +124,7 @@ class VideoUser(HttpUser):
                 exception=None,
                 context={},
             )
-        self.record(number, request, answer, problem)
-        VideoUser.unanswered -= 1
-        if VideoUser.unanswered == 0:
-            self.environment.runner.quit()
+        return answer, problem
 
     def record(self, number: int, request: Request, answer: Answer, problem: str | None) -> None:
         """A line for :func:`benchmarks.serving.aggregate.aggregate`; times in seconds."""
