@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from score_vllm.config import PolicyConfig, default_policy_width
+from score_vllm.config import FIRST_ARCHITECTURE, PolicyConfig, default_policy_width
 from score_vllm.kernels import ops, reference
 
 CONFIG_NAME = "config.json"
@@ -91,6 +91,27 @@ class RetentionPolicy(torch.nn.Module):
     def hidden_size(self) -> int:
         """D."""
         return self.config.hidden_size
+
+    def check_model(self, source: str, hidden_size: int, architecture: str) -> None:
+        """Check that the policy was made for a model's tokens.
+
+        Args:
+            source: where the policy came from, for the message.
+            hidden_size: D of the model.
+            architecture: vLLM's name of the model.
+
+        Raises:
+            ValueError: its hidden size or architecture differs from the model's; both are in the message.
+        """
+        if self.hidden_size != hidden_size:
+            raise ValueError(
+                f"policy {source} was made for hidden size {self.hidden_size}, "
+                f"but the model has hidden size {hidden_size}"
+            )
+        # The width alone says little: 3,584 is both Qwen2.5-VL-7B and LLaVA-Video-7B.
+        trained_for = self.config.architecture or FIRST_ARCHITECTURE
+        if trained_for != architecture:
+            raise ValueError(f"policy {source} was made for {trained_for}, but the model is a {architecture}")
 
     def digest(self) -> str:
         """Hex digest of the configuration that changes scores and of every weight, for cache keys."""

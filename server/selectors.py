@@ -10,11 +10,6 @@ from score_vllm.demo import cache_directory
 from score_vllm.methods import hub
 
 
-def learned_methods() -> list[str]:
-    """Names of the methods that ``--selector`` is for."""
-    return [name for name in methods.names() if methods.get(name).weights is not None and name != "score"]
-
-
 def local_directory(method: str, source: str) -> str:
     """A directory that holds a method's weights; a hub id is fetched into the cache, its tensors alone.
 
@@ -51,7 +46,7 @@ def resolve_selectors(
     Raises:
         UsageError: weights are missing, superfluous, broken, or made for another model.
     """
-    needed = [name for name in chosen if name in learned_methods()]
+    needed = [name for name in chosen if name in methods.learned_names()]
     sources: dict[str, str] = {}
     for value in given:
         name, _, source = value.partition("=")

@@ -35,6 +35,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from score_vllm.types import TokenSelection
+from score_vllm.vision.saliency import SALIENCY_KINDS
 
 MethodFunction = Callable[..., torch.Tensor | TokenSelection]
 ReferenceFunction = Callable[..., TokenSelection]
@@ -53,10 +54,6 @@ SIGNALS = (
     "text_after",
     "variant",
 )
-# Kinds of saliency; score_vllm.vision.saliency computes them.
-# "frame": attention of a frame's mean query over its merge units (FastVID for Qwen2.5-VL).
-# "patch": attention that each patch gets from all patches of its frame (FlashVID for Qwen).
-SALIENCY_KINDS = ("frame", "patch")
 
 
 def _own_options(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -84,15 +81,11 @@ class Weights:
     """Where a method's trained weights come from.
 
     Attributes:
-        argument: signal that carries them, out of :data:`SIGNALS`.
-        flag: score-serve's option that names them.
         load: reads them from a directory; FileNotFoundError, ValueError.
         wanted: not None for the names of a checkpoint's tensors that belong to them.
         architectures: models that they exist for; empty: any of their width.
     """
 
-    argument: str
-    flag: str
     load: Callable[[str], Learned]
     wanted: Callable[[str], str | None]
     architectures: tuple[str, ...] = ()
@@ -166,6 +159,11 @@ def register(
 def names() -> list[str]:
     """Names of all registered methods, sorted."""
     return sorted(_METHODS)
+
+
+def learned_names() -> list[str]:
+    """Names of the methods whose trained weights come as ``weights=``, sorted; those of ``score`` are its policy."""
+    return [name for name in names() if _METHODS[name].weights is not None and name != "score"]
 
 
 def get(name: str) -> Method:

@@ -178,8 +178,6 @@ def reference(
     "cacovid",
     reference=reference,
     weights=Weights(
-        "weights",
-        "--selector",
         CacovidWeights.from_pretrained,
         CacovidWeights.wanted,
         ("LlavaOnevisionForConditionalGeneration",),

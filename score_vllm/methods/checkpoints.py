@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def read_tensors(directory: Path, wanted: Callable[[str], str | None]) -> dict[s
 
     Raises:
         FileNotFoundError: there are no weights, or a file of the index is missing.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or a tensor has values that are not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -90,4 +91,17 @@ def read_tensors(directory: Path, wanted: Callable[[str], str | None]) -> dict[s
                 tensors |= {key: opened.get_tensor(name).float() for name, key in pairs}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+        for name, key in pairs:
+            if broken := int((~tensors[key].isfinite()).sum()):
+                number = tensors[key].numel()
+                raise ValueError(f"{path}: {name} has {broken} of {number} values that are NaN or infinite")
     return tensors
+
+
+def digest(tensors: Mapping[str, torch.Tensor], settings: str = "") -> str:
+    """SHA-256 of settings and of the tensors' names, shapes and values in their order; 16 hexadecimal digits."""
+    sha = hashlib.sha256(settings.encode())
+    for name, tensor in tensors.items():
+        sha.update(f"{name}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]

@@ -12,13 +12,14 @@ from score_vllm.methods import hub
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of ``score-selector``."""
-    learned = [name for name in methods.names() if methods.get(name).weights is not None and name != "score"]
     parser = argparse.ArgumentParser(prog="score-selector", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="fetch the tensors of a hub repository into a directory")
     fetch.add_argument("repo", help="hub id, owner/name")
     fetch.add_argument("directory", type=Path, help="made where it does not exist")
-    fetch.add_argument("--method", default="visionselector", choices=learned, help="(default: %(default)s)")
+    fetch.add_argument(
+        "--method", default="visionselector", choices=methods.learned_names(), help="(default: %(default)s)"
+    )
     fetch.add_argument("--revision", default=None, help="branch, tag or commit (default: the default branch)")
     return parser
 

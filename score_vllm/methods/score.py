@@ -10,7 +10,7 @@ from score_vllm.methods import Weights, register
 from score_vllm.policy import RetentionPolicy
 
 
-@register("score", weights=Weights("policy", "--policy", RetentionPolicy.from_pretrained, lambda name: name))
+@register("score", weights=Weights(RetentionPolicy.from_pretrained, lambda name: name))
 def score(x: torch.Tensor, num_retained: int, *, policy: RetentionPolicy | None = None, **_: Any) -> torch.Tensor:
     """Logits of the policy for every token.
 

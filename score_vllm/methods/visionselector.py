@@ -81,8 +81,6 @@ def reference(
     "visionselector",
     reference=reference,
     weights=Weights(
-        "weights",
-        "--selector",
         SelectorWeights.from_pretrained,
         SelectorWeights.wanted,
         ("Qwen2_5_VLForConditionalGeneration",),

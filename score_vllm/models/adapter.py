@@ -29,7 +29,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from score_vllm import methods
-from score_vllm.config import FIRST_ARCHITECTURE, SPECULATIVE_METHODS, ServingConfig
+from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.layout import AXES, VideoLayout
@@ -69,13 +69,14 @@ class VideoCompressor:
         # Weights of the learned methods besides score, on the CPU until prepare() moves them.
         self.learned: dict[str, Any] = {}
         for name in serving.methods:
-            if methods.get(name).weights is not None and name != "score":
-                source = serving.selectors.get(name)
-                if source is None:
-                    raise ValueError(f"method {name!r} needs the directory of its weights in selectors")
-                self.learned[name] = methods.load_weights(name, source, hidden_size, architecture)
-                if serving.selector_digests.get(name, "") not in ("", self.learned[name].digest()):
-                    raise ValueError(f"selector {source} changed on disk while the server was starting; start it again")
+            if methods.get(name).name not in methods.learned_names():
+                continue
+            source = serving.selectors.get(name)
+            if source is None:
+                raise ValueError(f"method {name!r} needs the directory of its weights in selectors")
+            self.learned[name] = methods.load_weights(name, source, hidden_size, architecture)
+            if serving.selector_digests.get(name, "") not in ("", self.learned[name].digest()):
+                raise ValueError(f"selector {source} changed on disk while the server was starting; start it again")
         self.policy: RetentionPolicy | None = None
         self._weights: PolicyWeights | None = None
         if serving.policy is not None:
@@ -175,15 +176,7 @@ def load_policy(directory: str, hidden_size: int, architecture: str) -> Retentio
     """
     with torch.device("cpu"):  # while vLLM builds a model, tensors are made on its GPU
         policy = RetentionPolicy.from_pretrained(directory)
-    if policy.config.hidden_size != hidden_size:
-        raise ValueError(
-            f"policy {directory} was made for hidden size {policy.config.hidden_size}, "
-            f"but the model has hidden size {hidden_size}"
-        )
-    # The width alone says little: 3,584 is both Qwen2.5-VL-7B and LLaVA-Video-7B.
-    trained_for = policy.config.architecture or FIRST_ARCHITECTURE
-    if trained_for != architecture:
-        raise ValueError(f"policy {directory} was made for {trained_for}, but the model is a {architecture}")
+    policy.check_model(directory, hidden_size, architecture)
     return policy
 
 

@@ -67,6 +67,8 @@ def patch_saliency(query: torch.Tensor, key: torch.Tensor, num_frames: int, merg
     return (out / patches).view(num_frames, -1, merge_unit).mean(-1)
 
 
+# "frame": attention of a frame's mean query over its merge units (FastVID for Qwen2.5-VL).
+# "patch": attention that each patch gets from all patches of its frame (FlashVID for Qwen).
 KINDS = {"frame": frame_saliency, "patch": patch_saliency}
 SALIENCY_KINDS = tuple(KINDS)
 

@@ -108,7 +108,7 @@ class VisionTower:
 
         Args:
             frames: [F, H, W, 3] uint8 RGB, F >= 1.
-            kinds: which kinds of saliency; see :data:`score_vllm.methods.SALIENCY_KINDS`.
+            kinds: which kinds of saliency; see :data:`score_vllm.vision.saliency.KINDS`.
 
         Returns:
             ``(x, grid, saliency)``: x is [T, N, D] in the tower's dtype, saliency [T, N] float32 of each kind.

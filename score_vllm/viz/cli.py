@@ -13,7 +13,6 @@ import torch
 from score_vllm import RetentionPolicy, methods, select_tokens
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import TRAIN_COMMAND, UsageError, resolve_model
-from score_vllm.config import FIRST_ARCHITECTURE
 from score_vllm.methods.tango_clusters import cell_seconds
 from score_vllm.types import TokenSelection
 from score_vllm.video import DecoderUnavailableError, VideoError
@@ -102,14 +101,11 @@ def run(args: argparse.Namespace) -> Path:
         tower = VisionTower(model.path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model: {' '.join(str(error).split())}") from error
-    if policy is not None and policy.config.hidden_size != tower.hidden_size:
-        raise UsageError(
-            f"--policy was made for hidden size {policy.config.hidden_size}, but the model has hidden size "
-            f"{tower.hidden_size}"
-        )
-    trained_for = policy and (policy.config.architecture or FIRST_ARCHITECTURE)
-    if trained_for and trained_for != tower.config.architectures[0]:
-        raise UsageError(f"--policy was made for {trained_for}, but the model is a {tower.config.architectures[0]}")
+    if policy is not None:
+        try:
+            policy.check_model(str(source), tower.hidden_size, tower.config.architectures[0])
+        except ValueError as error:
+            raise UsageError(f"--policy: {error}") from error
     weights = {name: _selector(name, args.selector, tower) for name in names}
     kinds = {kind for name in names if (kind := methods.get(name).saliency) is not None}
     x, grid, saliency = tower.encode_with_saliency(video.frames, sorted(kinds))

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks.serving.process import free_port, running_process
-from score_vllm import methods
 from score_vllm.demo import demo_model
-from tests.conftest import write_selector
+from tests.conftest import SERVED, write_selector
 
 API_KEY = "test-key"
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,10 +57,6 @@ class Server:
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
-
-
-# CaCoVID exists for LLaVA-OneVision alone.
-SERVED = [name for name in methods.names() if name != "cacovid"]
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from score_vllm import methods
 from score_vllm.config import ServingConfig
 from score_vllm.plugin import ENCODER_CACHE_MANAGER
+from tests.conftest import SERVED
 
-# CaCoVID exists for LLaVA-OneVision alone.
-SERVED = [name for name in methods.names() if name != "cacovid"]
+from .family_oracle import random_video
 
 # Every request is cut into chunks of this many tokens, so boundaries fall inside videos all the time.
 CHUNK = 16
@@ -114,15 +113,4 @@ def make_video(
     num_frames: int, height: int, width: int, seed: int, seconds_per_cell: float = 1.0
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Random frames with metadata that gives exactly this many seconds per temporal cell."""
-    rng = np.random.default_rng(seed)
-    frames = rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
-    fps = 2.0 / seconds_per_cell
-    metadata = {
-        "total_num_frames": num_frames,
-        "fps": fps,
-        "duration": num_frames / fps,
-        "video_backend": "test",
-        "frames_indices": list(range(num_frames)),
-        "do_sample_frames": False,
-    }
-    return frames, metadata
+    return random_video(num_frames, height, width, seed, 2.0 / seconds_per_cell)

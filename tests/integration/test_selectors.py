@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from score_vllm import catalog
+from score_vllm import catalog, methods
 from score_vllm.methods import cli
 from score_vllm.methods.visionselector_weights import SelectorWeights
 from score_vllm.server import arguments, options
-from score_vllm.server.selectors import learned_methods, resolve_selectors
+from score_vllm.server.selectors import resolve_selectors
 from tests.stub_hub import COMMIT, REPO, D, Hub, stub
 
 __all__ = ["stub"]
@@ -47,7 +47,7 @@ def test_a_directory_with_and_without_the_methods_name(prefix: str, folder: Path
 
 
 def test_methods_without_weights_need_none() -> None:
-    assert learned_methods() == ["cacovid", "visionselector"]
+    assert methods.learned_names() == ["cacovid", "visionselector"]
     assert resolve(methods=("score", "vcast", "tango")) == ({}, {})
 
 
