@@ -12,7 +12,6 @@ from score_vllm.budget import check_retention_ratio
 FORMAT_VERSION = 1
 # Of policies whose file names no architecture: when they were written there was only this one.
 FIRST_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
-ACTIVATIONS = ("gelu",)
 
 
 def default_policy_width(hidden_size: int) -> int:

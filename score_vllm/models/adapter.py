@@ -67,15 +67,16 @@ class VideoCompressor:
         # One worker per tensor-parallel group reports, or every video would count several times.
         self.stats = CompressorStats(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
         # Weights of the learned methods besides score, on the CPU until prepare() moves them.
-        self.learned: dict[str, Any] = {}
+        self.selector_weights: dict[str, Any] = {}
         for name in serving.methods:
-            if methods.get(name).name not in methods.learned_names():
+            methods.get(name)  # refuses an unknown one
+            if name not in methods.learned_names():
                 continue
             source = serving.selectors.get(name)
             if source is None:
                 raise ValueError(f"method {name!r} needs the directory of its weights in selectors")
-            self.learned[name] = methods.load_weights(name, source, hidden_size, architecture)
-            if serving.selector_digests.get(name, "") not in ("", self.learned[name].digest()):
+            self.selector_weights[name] = methods.load_weights(name, source, hidden_size, architecture)
+            if serving.selector_digests.get(name, "") not in ("", self.selector_weights[name].digest()):
                 raise ValueError(f"selector {source} changed on disk while the server was starting; start it again")
         self.policy: RetentionPolicy | None = None
         self._weights: PolicyWeights | None = None
@@ -93,15 +94,15 @@ class VideoCompressor:
             The packed tensors by name. Whoever frees or restores the model's memory must know of them.
         """
         named: dict[str, torch.Tensor] = {}
-        for method, learned in self.learned.items():
-            self.learned[method] = learned.to(device)
-            named |= {f"{method}_{name}": tensor for name, tensor in self.learned[method].named_tensors().items()}
+        for method, on_cpu in self.selector_weights.items():
+            weights = self.selector_weights[method] = on_cpu.to(device)
+            named |= {f"{method}_{name}": tensor for name, tensor in weights.named_tensors().items()}
         if self.policy is None:
             return named
-        weights = self._policy_weights(dtype, device)
+        policy = self._policy_weights(dtype, device)
         if device.type == "cuda":
-            ops.warm_up(weights, row_width)
-        packed = {field.name: getattr(weights, field.name) for field in fields(weights)}
+            ops.warm_up(policy, row_width)
+        packed = {field.name: getattr(policy, field.name) for field in fields(policy)}
         return named | {name: value for name, value in packed.items() if isinstance(value, torch.Tensor)}
 
     def _policy_weights(self, dtype: torch.dtype, device: torch.device) -> PolicyWeights:
@@ -162,7 +163,7 @@ class VideoCompressor:
                 saliency=saliency,
                 grid=layout.grid,
                 seconds=seconds,
-                weights=self.learned.get(method),
+                weights=self.selector_weights.get(method),
             )
             return ops.gather(video, kept.indices, table, learned=learned, rows=kept.embeddings)
 

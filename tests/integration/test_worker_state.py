@@ -89,7 +89,7 @@ def test_packed_weights_are_buffers_that_no_checkpoint_holds(engine: Engine) -> 
     packed = {name.removeprefix("_policy_"): tensor for name, tensor in buffers.items() if name.startswith("_policy_")}
     tensors = {n: getattr(weights, n) for n in weights.__dataclass_fields__}
     tensors = {n: t for n, t in tensors.items() if isinstance(t, torch.Tensor)}
-    learned = model.compressor.learned.items()
+    learned = model.compressor.selector_weights.items()
     tensors |= {f"{method}_{name}": tensor for method, own in learned for name, tensor in own.named_tensors().items()}
     assert set(packed) == set(tensors) != set()
     assert all(packed[name] is tensor for name, tensor in tensors.items())

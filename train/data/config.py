@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from score_vllm.train.schema import Settings, build
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
-SPLITS = ("train", "held_out", "all")
 # The server's limit, in pixels of Qwen2.5-VL.
 DEFAULT_MAX_PIXELS = DEFAULT_CELL_TOKENS * 28 * 28
 # Subsets of LLaVA-OneVision-Data whose answers describe the whole image at length. The others answer questions.

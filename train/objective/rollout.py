@@ -18,8 +18,6 @@ from score_vllm.train.objective.advantage import group_advantage, split_advantag
 from score_vllm.train.objective.loss import bernoulli_log_probability, plackett_luce_log_probability
 from score_vllm.train.objective.reward import performance_reward, sparsity
 
-OBJECTIVES = ("paper", "budget-matched")
-
 
 @dataclass(frozen=True)
 class Rollouts:
