@@ -88,7 +88,7 @@ def add_options(parser: Any) -> None:
 
 
 def check_early(argv: list[str]) -> None:
-    """Refuse mistakes in our own options, and print our own help, without importing vLLM.
+    """Refuse mistakes in our own options, and print help: ours without importing vLLM, ``--help=...`` from its parser.
 
     Raises:
         SystemExit: help was asked for (0), or an option is wrong (2).
@@ -101,7 +101,7 @@ def check_early(argv: list[str]) -> None:
         parser.print_help()
         raise SystemExit(0)
     if any(word.startswith("--help=") for word in argv):
-        return
+        build_parser().parse_args(argv)
     known, rest = parser.parse_known_args(argv)
     positional = bool(rest) and not rest[0].startswith("-")
     from_file = any(word == "--config" or word.startswith("--config=") for word in rest)

@@ -219,6 +219,10 @@ def test_mistakes_in_our_options_need_no_vllm(capsys: pytest.CaptureFixture[str]
         arguments.check_early(["--help"])
     assert caught.value.code == 0
     assert "--retention RATIO" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        arguments.check_early(["--help=all"])
+    assert caught.value.code == 0, "help ends here: the server's own start forks this process"
+    assert "--max-num-seqs" in capsys.readouterr().out
 
 
 def test_a_mistyped_option_is_recognised(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def options_of(name: tuple[str, ...]) -> str:
     try:
         with contextlib.redirect_stdout(out):
             if name[0] == "score-serve":
-                importlib.import_module("score_vllm.server.cli").main(["--help=all"])
+                importlib.import_module("score_vllm.server.arguments").check_early(["--help=all"])
             elif name[0] == "score-viz":
                 importlib.import_module("score_vllm.viz.cli").main(["--help"])
             elif name[0] == "file":
