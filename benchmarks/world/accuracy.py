@@ -67,7 +67,7 @@ class Candidate:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the world benchmark."""
-    parser.add_argument("--model", default="demo", help="'demo' or a directory trained by python -m score_vllm.train.world")
+    parser.add_argument("--model", default="demo", help="'demo' or a directory of score_vllm.train.world's")
     parser.add_argument(
         "--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it"
     )
