@@ -23,7 +23,7 @@ test: setup
 
 # Under two minutes: what an author runs after every change.
 check: lint
-	@.venv/bin/python -m pytest -q -n $(WORKERS) tests/unit tests/kernels
+	@.venv/bin/python -m pytest -q -n $(WORKERS) -m "not slow and not long" tests/unit tests/kernels
 
 # The long reproductions, which `make test` leaves out: the demo's training, load.
 test-long: setup

@@ -56,7 +56,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByEngine(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.split("::")[0]
-            return "vllm" if vllm_rank(path) < len(VLLM_USERS) else path
+            # Files of compilations are the longest: each of their tests goes to whoever is free.
+            one_by_one = path.startswith("tests/kernels/")
+            return "vllm" if vllm_rank(path) < len(VLLM_USERS) else nodeid if one_by_one else path
 
     return ByEngine(config, log)
 

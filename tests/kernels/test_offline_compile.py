@@ -184,6 +184,10 @@ def tokens_and_weights(
     return x, weights
 
 
+def slow_if_other(arch: int) -> Any:
+    return [pytest.mark.slow] if arch in ARCHITECTURES["other"] else []
+
+
 def score_cases() -> list[Any]:
     cases = []
     for (name, itemsize), table in configs.SCORE_CONFIGS.items():
@@ -197,7 +201,9 @@ def score_cases() -> list[Any]:
                         continue
                     for aligned in (True, False) if config.tma and dtype == torch.bfloat16 else (True,):
                         label = f"{arch}-{TYPE_NAMES[dtype]}-{config.block_h}-{'aligned' if aligned else 'strided'}"
-                        cases.append(pytest.param(arch, config, width, dtype, aligned, id=label))
+                        cases.append(
+                            pytest.param(arch, config, width, dtype, aligned, id=label, marks=slow_if_other(arch))
+                        )
     return cases
 
 
@@ -257,7 +263,9 @@ def test_the_loop_that_subtracts_first_would_be_caught(launches):
 
 def residual_cases() -> list[Any]:
     return [
-        pytest.param(arch, itemsize, config.block_h, id=f"{arch}-{itemsize}-{config.block_h}")
+        pytest.param(
+            arch, itemsize, config.block_h, id=f"{arch}-{itemsize}-{config.block_h}", marks=slow_if_other(arch)
+        )
         for (name, itemsize), table in configs.SCORE_CONFIGS.items()
         for arch in ARCHITECTURES[name]
         for config in table[:1]

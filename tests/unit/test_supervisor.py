@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
 
 # Becomes supervised, starts an "engine" that ignores signals, writes both process ids, and then does what it is told.
 SERVER = """

@@ -105,6 +105,7 @@ def auc(policy: RetentionPolicy) -> float:
     return float(torch.stack(found).mean())
 
 
+@pytest.mark.slow
 def test_the_recipe_learns_at_its_true_width(tmp_path: Path) -> None:
     settings, steps = train(tmp_path / "run")
     assert (settings.rollout.group_size, settings.policy.width) == (16, 512)

@@ -209,6 +209,7 @@ def test_a_child_killed_at_work_costs_a_second_try(clips: dict[str, Path], monke
     assert sandbox._gate.active == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["exit", "SIGTERM", "SIGKILL"])
 def test_nothing_is_left_behind(way: str, clips: dict[str, Path]) -> None:
     code = (
