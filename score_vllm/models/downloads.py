@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
 
 import aiohttp
 from vllm import envs
 from vllm.connections import HTTPConnection, MediaDownloadSizeExceededError
+from yarl import URL
 
 from score_vllm.video import DecoderBusyError
 
 # Encoded bytes, fetched or sent, over all requests of this process.
 FETCHED_BYTES = 2 << 30
 _CHUNK = 1 << 16
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS = 10
 
 
 class Budget:
@@ -72,6 +76,8 @@ class Lease:
 
 # Of the medium that the running task fetches.
 current_lease: ContextVar[Lease | None] = ContextVar("score_lease", default=None)
+# Raises ValueError for an address that this server may not fetch; of the medium that the running task fetches.
+check_address: ContextVar[Callable[[str], None] | None] = ContextVar("score_check_address", default=None)
 
 
 class Downloads(HTTPConnection):
@@ -89,6 +95,7 @@ class Downloads(HTTPConnection):
 
         Raises:
             TimeoutError: ``timeout`` seconds are over.
+            ValueError: it redirects to an address that may not be fetched.
             MediaDownloadSizeExceededError: more than ``max_bytes`` or vLLM's own limit.
             DecoderBusyError: other requests hold too much.
             aiohttp.ClientError: no whole response.
@@ -111,7 +118,7 @@ class Downloads(HTTPConnection):
     async def _read(self, url: str, allow_redirects: bool, most: int, lease: Lease) -> bytes:
         data = bytearray()
         try:
-            async with await self.get_async_response(url, allow_redirects=allow_redirects) as response:
+            async with await self._open(url, allow_redirects) as response:
                 response.raise_for_status()
                 size = response.content_length or 0
                 while size <= most:
@@ -125,3 +132,22 @@ class Downloads(HTTPConnection):
         except BaseException:
             lease.take(-len(data))
             raise
+
+    async def _open(self, url: str, allow_redirects: bool) -> aiohttp.ClientResponse:
+        """The response at the end of all redirects, each of which is checked as the first address was."""
+        check = check_address.get()
+        for _ in range(_MAX_REDIRECTS + 1):
+            response = await (await self.get_async_response(url, allow_redirects=False))
+            if response.status not in _REDIRECTS or "Location" not in response.headers:
+                return response
+            message = f"{response.reason}, and this server follows no redirects"
+            async with response:
+                if not allow_redirects:
+                    raise aiohttp.ClientResponseError(
+                        response.request_info, (), status=response.status, message=message
+                    )
+                url = str(response.url.join(URL(response.headers["Location"])))
+            if check is not None:
+                check(url)
+        message = f"and redirects more than {_MAX_REDIRECTS} times"
+        raise aiohttp.TooManyRedirects(response.request_info, (), status=response.status, message=message)

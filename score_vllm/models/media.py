@@ -12,6 +12,7 @@ from typing import Any
 from urllib.request import url2pathname
 
 from PIL import UnidentifiedImageError
+from urllib3.util import parse_url
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import (
     MEDIA_CONNECTOR_REGISTRY,
@@ -24,7 +25,7 @@ from vllm.multimodal.media import (
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from score_vllm.config import MEDIA_CONNECTOR
-from score_vllm.models.downloads import FETCHED_BYTES, Budget, Downloads, Lease, current_lease
+from score_vllm.models.downloads import FETCHED_BYTES, Budget, Downloads, Lease, check_address, current_lease
 from score_vllm.models.jpeg_sequence import load_jpeg_sequence
 from score_vllm.models.media_error import media_error
 from score_vllm.models.media_url import decode_base64, looks_like_video, split_data_url
@@ -109,6 +110,7 @@ class ScoreMediaConnector(MediaConnector):
         try:
             with self.budget.lease() as lease:
                 current_lease.set(lease)
+                check_address.set(lambda target: self._assert_url_in_allowed_media_domains(parse_url(target)))
                 if isinstance(media_io, _Leasing):
                     media_io.lease = lease
                 return await super().load_from_url_async(url, media_io, fetch_timeout=self.seconds)  # type: ignore[arg-type]

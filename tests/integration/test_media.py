@@ -34,10 +34,11 @@ from score_vllm.video import DecoderBusyError, DecoderUnavailableError, VideoErr
 from tests.conftest import moving_square, write_clip
 
 
-def connector(allowed: str = "", **video: Any) -> MediaConnector:
+def connector(allowed: str = "", domains: tuple[str, ...] = (), **video: Any) -> MediaConnector:
     """As vLLM makes it for a request of score-serve."""
     video = {"video_backend": video_loaders.PYAV_LOADER, "num_frames": 128, "fps": 2.0, **video}
     kwargs = {"media_io_kwargs": {"video": video}, "allowed_local_media_path": allowed}
+    kwargs["allowed_media_domains"] = list(domains)
     loaded = MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR, **kwargs)
     assert type(loaded) is media.ScoreMediaConnector
     return loaded
@@ -375,6 +376,34 @@ def test_bytes_of_all_requests_together_are_bounded(media_server: Any, clips: di
     assert size < 50_000
     assert len(file.media[0]) == 12
     assert budget.held == 0
+
+
+def test_redirects_are_held_to_what_may_be_fetched(media_server: Any, clips: dict[str, Path]) -> None:
+    """An allowed host must not lead to one that is not, such as the server's own network."""
+    data = clips["plain"].read_bytes()
+    last = media_server(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    other = last.replace("127.0.0.1", "localhost")
+
+    def redirect(target: str) -> str:
+        head = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n"
+        return media_server(head.encode())
+
+    first = redirect(other)
+    assert len(fetch(first)[0]) == 12
+    assert len(fetch(first, domains=("127.0.0.1", "localhost"))[0]) == 12
+    status, said = refused(first, domains=("127.0.0.1",))
+    assert (status, "allowed domains" in said, "localhost" in said) == (400, True, True)
+    assert refused(redirect("file:///etc/hostname"))[0] == 400
+    # Relative, and to itself for ever.
+    status, said = refused(redirect("/again"))
+    assert (status, "more than 10 times" in said) == (422, True)
+
+
+def test_redirects_can_be_switched_off(media_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
+    url = media_server(b"HTTP/1.1 302 Found\r\nLocation: /clip.mp4\r\nContent-Length: 0\r\n\r\n")
+    status, said = refused(url)
+    assert (status, "302 Found, and this server follows no redirects" in said) == (422, True)
 
 
 def test_lost_connections_are_tried_again(clips: dict[str, Path]) -> None:
