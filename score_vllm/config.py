@@ -104,6 +104,21 @@ MIN_PIXELS = 32 * 32
 SPECULATIVE_METHODS = ("ngram", "suffix")
 
 
+# Above the memory of any machine: more is a number of bytes.
+MAX_CELL_CACHE_GIB = 4096
+
+
+def check_cell_cache_gib(value: Any, name: str = "score config: cell_cache_gib") -> float:
+    """The size as a float.
+
+    Raises:
+        ValueError: it is not a number in [0, 4096].
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_CELL_CACHE_GIB:
+        raise ValueError(f"{name} must be a number of GiB in [0, {MAX_CELL_CACHE_GIB}], got {value!r}")
+    return float(value)
+
+
 @dataclass(frozen=True, slots=True)
 class ServingConfig:
     """How one server compresses. Travels as ``hf_overrides={"score": {...}}`` to every process of the engine.
@@ -119,6 +134,8 @@ class ServingConfig:
             where that is lower.
         selectors: directory of the weights of each other learned method.
         selector_digests: their digests; part of every cache key.
+        cell_cache_gib: GiB in which a worker keeps the vision tower's output of temporal cells; None is 1 on a CPU and
+            4 % of a GPU's memory, 0 keeps none.
     """
 
     retention_ratio: float = 1.0
@@ -130,6 +147,7 @@ class ServingConfig:
     max_pixels: int | None = None
     selectors: dict[str, str] = field(default_factory=dict)
     selector_digests: dict[str, str] = field(default_factory=dict)
+    cell_cache_gib: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention_ratio", check_retention_ratio(self.retention_ratio))
@@ -149,12 +167,19 @@ class ServingConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"score config: {name} must be an integer >= {least}, got {value!r}")
+        if self.cell_cache_gib is not None:
+            object.__setattr__(self, "cell_cache_gib", check_cell_cache_gib(self.cell_cache_gib))
         for name in ("selectors", "selector_digests"):
             given = getattr(self, name)
             if not isinstance(given, dict) or not all(isinstance(v, str) for pair in given.items() for v in pair):
                 raise ValueError(f"score config: {name} must map methods to strings, got {given!r}")
         if "score" in self.methods and not self.policy:
             raise ValueError("score config: method 'score' needs policy, the directory of a trained retention policy")
+
+    @property
+    def reuses_cells(self) -> bool:
+        """Whether a cell that is known is not encoded again."""
+        return self.cell_cache_gib != 0
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from score_vllm import methods
 from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
-from score_vllm.config import MIN_PIXELS
+from score_vllm.config import MAX_CELL_CACHE_GIB, MIN_PIXELS, check_cell_cache_gib
 from score_vllm.near_miss import near_miss
 from score_vllm.server.options import LOADERS, TRAINING_FREE_METHOD
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES
@@ -78,6 +78,14 @@ def add_options(parser: Any) -> None:
         default=None,
         metavar="RATE",
         help=f"frames per second read from a video, as far as --max-frames allows (default: {DEFAULT_FPS:g})",
+    )
+    group.add_argument(
+        "--cell-cache-gib",
+        type=_gib,
+        default=None,
+        metavar="GIB",
+        help="memory in which a worker keeps the vision tower's output, so that no temporal cell is encoded twice; 0 "
+        "keeps none (default: 1 on a CPU, 4 %% of a GPU's memory)",
     )
     group.add_argument(
         "--video-loader",
@@ -155,6 +163,13 @@ def _pixels(text: str) -> int:
     if not text.isdigit() or int(text) < MIN_PIXELS:
         raise argparse.ArgumentTypeError(f"must be an integer >= {MIN_PIXELS}, got {text!r}")
     return int(text)
+
+
+def _gib(text: str) -> float:
+    try:
+        return check_cell_cache_gib(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, {MAX_CELL_CACHE_GIB}], got {text!r}") from None
 
 
 def _positive_float(text: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from score_vllm.config import ServingConfig
+from score_vllm.models.cell_records import EncodedCellsReader
 from score_vllm.models.processing import VideoReport
 from score_vllm.models.video_options import VideoOptions, pending_options
 from score_vllm.server.content import video_parts
@@ -22,11 +23,13 @@ class ServerState:
         serving: the serving configuration.
         max_frames: most frames that a request may ask for, or None where another loader than ours reads.
         trusts_requests: whether the operator takes ``media_io_kwargs`` from requests.
+        encoded: what the workers say of the cells they encoded; None where they leave no files.
     """
 
     serving: ServingConfig
     max_frames: int | None
     trusts_requests: bool = False
+    encoded: EncodedCellsReader | None = None
 
 
 @dataclass
@@ -38,20 +41,28 @@ class RequestContext:
         method: ``retention_method`` of the request.
         options: one per video; empty where the request says nothing about any.
         reports: filled by the renderer, one per video.
+        encoded: set where the videos reach the model.
     """
 
     ratio: float | list[float] | None
     method: str | None = None
     options: tuple[VideoOptions, ...] = ()
     reports: list[VideoReport] = field(default_factory=list)
+    encoded: EncodedCellsReader | None = None
 
     def score(self, serving: ServingConfig) -> dict[str, Any]:
-        """The ``score`` object of the response."""
+        """The ``score`` object of the response; asked for once, when the response is complete."""
         return {
             "method": self.method or serving.method,
             "retention_ratio": serving.retention_ratio if self.ratio is None else self.ratio,
-            "videos": [report.to_json() for report in self.reports],
+            "videos": [report.to_json() | self._cells(report) for report in self.reports],
         }
+
+    def _cells(self, report: VideoReport) -> dict[str, int]:
+        if self.encoded is None or report.ticket is None:
+            return {}
+        encoded = self.encoded.take(report.ticket)
+        return {"encoded_cells": encoded, "reused_cells": max(0, report.grid.t - encoded)}
 
 
 current: ContextVar[RequestContext | None] = ContextVar("score_request", default=None)

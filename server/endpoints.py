@@ -27,6 +27,7 @@ from vllm.exceptions import VLLMValidationError
 
 from score_vllm import plugin
 from score_vllm.config import MEDIA_CONNECTOR, ServingConfig
+from score_vllm.models.cell_records import EncodedCellsReader
 from score_vllm.models.media_error import MediaError
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.timing import STATS_VARIABLE
@@ -72,6 +73,7 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
     the response's `score` object says how many that were, and what was read of each video."""
     state: ServerState | None = raw_request.app.state.score
     context = enter(request, state)
+    context.encoded = None if state is None else state.encoded
     response = await upstream_chat.create_chat_completion(request, raw_request)
     if state is not None and isinstance(response, StreamingResponse):
         response.body_iterator = _stream_with_score(response.body_iterator, state.serving, context)
@@ -240,8 +242,11 @@ class ScoreEndpointPlugin:
         sandbox.configure(max_bytes_in_flight=DECODING_BYTES)
         sandbox.start()
         hook_renderer(engine_client.renderer)
+        encoded = None
         if (directory := os.environ.get(STATS_VARIABLE)) is not None:
             metrics.expose_workers(Path(directory))
-        state.score = ServerState(serving, _prepare_reading(engine_client), bool(args.trust_request_mm_kwargs))
+            encoded = EncodedCellsReader(Path(directory))
+        trusts = bool(args.trust_request_mm_kwargs)
+        state.score = ServerState(serving, _prepare_reading(engine_client), trusts, encoded)
         if (text := getattr(args, "score_banner", None)) is not None:
             state.score_announcement = asyncio.create_task(_announce(args.host, args.port, text))

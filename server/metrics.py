@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.responses import Response
@@ -19,6 +19,9 @@ from score_vllm.models.timing import BUCKETS, read_stats
 
 SECONDS = ("score_compressor_seconds", "Seconds of selection per encoded video.")
 NAN_VIDEOS = ("score_nan_videos", "Videos whose scores were NaN: broken vision features, and a broken answer.")
+ENCODED_CELLS = ("score_encoded_cells", "Temporal cells that the vision tower encoded.")
+REUSED_CELLS = ("score_reused_cells", "Temporal cells of encoded videos whose tower output was in the cell cache.")
+CACHE_BYTES = ("score_cell_cache_bytes", "Bytes of the cells in the cell cache.")
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 _videos = Counter("score_videos", "Videos that requests brought in.")
@@ -50,16 +53,20 @@ class CompressorCollector(Collector):
 
     def describe(self) -> Sequence[Metric]:
         """Names only: registering must not read files."""
-        return [HistogramMetricFamily(*SECONDS), CounterMetricFamily(*NAN_VIDEOS)]
+        counters = [CounterMetricFamily(*name) for name in (NAN_VIDEOS, ENCODED_CELLS, REUSED_CELLS)]
+        return [HistogramMetricFamily(*SECONDS), *counters, GaugeMetricFamily(*CACHE_BYTES)]
 
     def collect(self) -> Iterable[Metric]:
         """Sums over all workers."""
-        counts, seconds, nan_videos = read_stats(self._directory)
+        totals = read_stats(self._directory)
         bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
         histogram = HistogramMetricFamily(*SECONDS)
-        histogram.add_metric([], list(zip(bounds, accumulate(counts), strict=True)), seconds)
+        histogram.add_metric([], list(zip(bounds, accumulate(totals.counts), strict=True)), totals.seconds)
         yield histogram
-        yield CounterMetricFamily(*NAN_VIDEOS, value=nan_videos)
+        yield CounterMetricFamily(*NAN_VIDEOS, value=totals.nan_videos)
+        yield CounterMetricFamily(*ENCODED_CELLS, value=totals.encoded_cells)
+        yield CounterMetricFamily(*REUSED_CELLS, value=totals.reused_cells)
+        yield GaugeMetricFamily(*CACHE_BYTES, value=totals.cache_bytes)
 
 
 _collector: CompressorCollector | None = None

@@ -244,7 +244,15 @@ def configure(args: argparse.Namespace) -> str | None:
     chosen = (method, *(name for name in args.allow_methods if name != method))
     selectors = resolve_selectors(args.selector, chosen, hidden_size, architecture.name)
     serving = ServingConfig(
-        args.retention, method, args.allow_methods, policy, digest, frames, args.max_pixels, *selectors
+        args.retention,
+        method,
+        args.allow_methods,
+        policy,
+        digest,
+        frames,
+        args.max_pixels,
+        *selectors,
+        cell_cache_gib=args.cell_cache_gib,
     )
     if not isinstance(args.hf_overrides or {}, dict):
         raise UsageError("--hf-overrides must be a JSON object")

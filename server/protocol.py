@@ -208,6 +208,12 @@ class VideoScore(BaseModel):
     retained_tokens: int
     structure_tokens: int = Field(description="Tokens of the video's span that are no visual tokens, all kept.")
     retention_ratio: float
+    encoded_cells: int | None = Field(
+        default=None, description="Temporal cells that the vision tower encoded for this video. Not of a token count."
+    )
+    reused_cells: int | None = Field(
+        default=None, description="Temporal cells whose output was there already; with the encoded ones `grid[0]`."
+    )
     duration: float | None = Field(default=None, description="Seconds of the source.")
     window: tuple[float, float] | None = Field(default=None, description="Seconds of the source that were read.")
     frames: int | None = Field(default=None, description="Frames read.")

@@ -21,7 +21,7 @@ One file: vLLM's contract is one class, and its four steps above share state.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,9 @@ from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.layout import AXES, VideoLayout
-from score_vllm.models.processing import LAYOUT_KEY, METHOD_INDEX_KEY, NUM_RETAINED_KEY
+from score_vllm.models.cell_records import EncodedCellsWriter
+from score_vllm.models.cells import ROWS, CellEncoder, Values, cache_bytes
+from score_vllm.models.processing import CELLS_KEY, LAYOUT_KEY, METHOD_INDEX_KEY, NUM_RETAINED_KEY, TICKET_KEY
 from score_vllm.models.timing import STATS_VARIABLE, CompressorStats
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import POSITION_CHANNELS, VisualSpan, prompt_positions, unpack_offsets
@@ -52,6 +54,9 @@ class VideoCompressor:
         architecture: vLLM's name of the model.
         tokens_per_second: positions per second of video, where the model's positions follow the clock.
 
+    Attributes:
+        cells: decides what the tower encodes; made by :meth:`prepare_cells`.
+
     Raises:
         ValueError: unknown method, or weights that do not fit the model.
         FileNotFoundError: a directory of weights is missing or incomplete.
@@ -65,7 +70,9 @@ class VideoCompressor:
         self.architecture = architecture
         self.tokens_per_second = tokens_per_second
         # One worker per tensor-parallel group reports, or every video would count several times.
-        self.stats = CompressorStats(os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None)
+        self._directory = os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None
+        self.stats = CompressorStats(self._directory)
+        self.cells: CellEncoder | None = None
         # Weights of the learned methods besides score, on the CPU until prepare() moves them.
         self.selector_weights: dict[str, Any] = {}
         for name in serving.methods:
@@ -104,6 +111,13 @@ class VideoCompressor:
             ops.warm_up(policy, row_width)
         packed = {field.name: getattr(policy, field.name) for field in fields(policy)}
         return named | {name: value for name, value in packed.items() if isinstance(value, torch.Tensor)}
+
+    def prepare_cells(self, dtype: torch.dtype, device: torch.device, row_width: int) -> dict[str, torch.Tensor]:
+        """Allocate the cell cache before memory is profiled; its tensors by name, as of :meth:`prepare`."""
+        kinds = sorted({kind for name in self.serving.methods if (kind := methods.get(name).saliency)})
+        capacity, records = cache_bytes(self.serving.cell_cache_gib, device), EncodedCellsWriter(self._directory)
+        self.cells = CellEncoder(capacity, row_width, kinds, dtype, device, self.stats, records)
+        return self.cells.stores
 
     def _policy_weights(self, dtype: torch.dtype, device: torch.device) -> PolicyWeights:
         """The policy in the dtype and on the device of the tokens, cast once."""
@@ -254,14 +268,17 @@ class CompressionModelMixin:
         )
         assert self.compressor is not None
         device = vllm_config.device_config.device
-        packed = self.compressor.prepare(vllm_config.model_config.dtype, device, self.row_width)
+        dtype = model_config.dtype
+        packed = self.compressor.prepare(dtype, device, self.row_width)
+        stores = self.compressor.prepare_cells(dtype, device, self.row_width)
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(scheduler.max_num_batched_tokens, captured)
         # [tokens of a step, 3]; all zero except in a step that has visual rows.
         offsets = torch.zeros(rows, 3, dtype=torch.int64, device=device)
         # Buffers, so that vLLM's sleep mode saves and restores them; not persistent: no checkpoint has to hold them.
-        for name, tensor in {"_position_offsets": offsets, **{f"_policy_{k}": v for k, v in packed.items()}}.items():
+        buffers = {f"_policy_{k}": v for k, v in packed.items()} | {f"_cells_{k}": v for k, v in stores.items()}
+        for name, tensor in {"_position_offsets": offsets, **buffers}.items():
             self.register_buffer(name, tensor, persistent=False)  # type: ignore[attr-defined]
         self._offset_rows = 0
 
@@ -276,6 +293,30 @@ class CompressionModelMixin:
             else:
                 spans.append(VisualSpan.unpruned(start, self.image_layout(feature.data, length)))
         return spans
+
+    def encode_cells(
+        self, fields: Mapping[str, Any], index: int, kind: str | None, tower: Callable[[list[int]], Values]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tower's rows [T * N, W] of a video, and its saliency [T, N].
+
+        Args:
+            fields: what the processor wrote of the videos.
+            index: which of them.
+            kind: of saliency; None where the method reads none.
+            tower: encodes some of the video's cells.
+        """
+        assert self.compressor is not None
+        assert self.compressor.cells is not None
+        names = (ROWS,) if kind is None else (ROWS, kind)
+        values = self.compressor.cells.encode(fields[CELLS_KEY][index], int(fields[TICKET_KEY][index]), names, tower)
+        return values[ROWS].flatten(0, 1), None if kind is None else values[kind]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """vLLM's; what another tower made of a cell is forgotten."""
+        loaded = super().load_weights(weights)  # type: ignore[misc]
+        if self.compressor is not None and self.compressor.cells is not None:
+            self.compressor.cells.clear()
+        return loaded
 
     def saliency_kinds(self, fields: Mapping[str, Any]) -> list[str | None]:
         """Per video the kind of saliency that its method ranks by."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from score_vllm.config import ServingConfig
 from score_vllm.models.processing import RequestFieldError
 from score_vllm.types import VideoGrid
@@ -147,4 +149,7 @@ class AdmissionDummyInputsMixin:
         videos = self._get_dummy_videos(  # type: ignore[attr-defined]
             width=limit.width, height=limit.height, num_frames=limit.max_frames, num_videos=number
         )
+        for frames in (video[0] if isinstance(video, tuple) else video for video in videos):
+            # All cells different, or one of them would be encoded and the profile would miss the rest.
+            frames[:, 0] = np.random.default_rng(0).integers(0, 256, frames[:, 0].shape)
         return {**data, "video": videos}

@@ -7,7 +7,9 @@ from typing import Any
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
-from score_vllm.models.processing import LAYOUT_KEY
+from score_vllm.config import ServingConfig
+from score_vllm.models.processing import CELLS_KEY, LAYOUT_KEY
+from score_vllm.vision.cell_cache import count_distinct
 
 
 class EncodedTokensCacheManager(EncoderCacheManager):
@@ -19,16 +21,20 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     what it holds.
 
     No admitted video is larger than a step's budget (:mod:`score_vllm.models.admission`): each gets its turn.
+    Cells that a video has several times count once; that a cell is in the worker's cache is not known here, and such a
+    cell counts as if it were encoded.
     A video that comes from a remote encoder cache is charged as if it were encoded here: too strict, for that one step.
 
     Chosen by ``--ec-manager-config``; score-serve does so by itself.
 
     Args:
         cache_size: rows of the cache.
+        reuses_cells: whether the workers encode a cell once that a video has several times.
     """
 
-    def __init__(self, cache_size: int) -> None:
+    def __init__(self, cache_size: int, reuses_cells: bool = False) -> None:
         super().__init__(cache_size)
+        self._reuses_cells = reuses_cells
         # What encoding costs beyond the kept tokens, which vLLM charges itself: of videos scheduled in this step, and
         # of videos of the current request, which may yet be turned down.
         self._scheduled: dict[tuple[str, int], int] = {}
@@ -37,7 +43,8 @@ class EncodedTokensCacheManager(EncoderCacheManager):
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: Any) -> EncodedTokensCacheManager:
         """vLLM's entry point."""
-        return cls(cache_size)
+        serving = ServingConfig.from_hf_config(vllm_config.model_config.hf_config)
+        return cls(cache_size, serving is not None and serving.reuses_cells)
 
     def _surcharge(self, request: Request, input_id: int) -> int:
         """Encoded minus kept tokens; 0 for images and precomputed embeddings. Where the scheduler does not see the
@@ -47,7 +54,10 @@ class EncodedTokensCacheManager(EncoderCacheManager):
             return self.cache_size if feature.modality == "video" else 0
         if LAYOUT_KEY not in feature.data or "pixel_values_videos" not in feature.data:
             return 0
-        encoded = int(feature.data[LAYOUT_KEY].data[:3].prod())
+        cells, rows, columns = feature.data[LAYOUT_KEY].data[:3].tolist()
+        if self._reuses_cells:
+            cells = count_distinct(feature.data[CELLS_KEY].data)
+        encoded = cells * rows * columns
         return max(0, encoded - request.get_num_encoder_embeds(input_id))
 
     def can_allocate(

@@ -9,7 +9,7 @@ row of each frame (LLaVA-Video). Newlines always stay. Positions are 1-D: :mod:`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from score_vllm.layout import VideoLayout, sequential_layout
 from score_vllm.models.adapter import CompressionModelMixin
 from score_vllm.models.admission import AdmissionDummyInputsMixin, AdmissionInfoMixin, VideoLimit
+from score_vllm.models.cells import ROWS
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.saliency import check_saliency_config
 from score_vllm.types import VideoGrid
+from score_vllm.vision.cell_cache import device_index
 from score_vllm.vision.pooling import frames_layout, pool_frames
 from score_vllm.vision.saliency import KINDS
 
@@ -97,10 +99,9 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         if self._listening:
             self._captured = args[0], args[1]
 
-    def _saliency(self, kind: str | None) -> torch.Tensor | None:
+    def _saliency(self, kind: str) -> torch.Tensor:
         """[T, N] of the frames that the tower has just seen: its last layer's attention, pooled like the features."""
-        if self._captured is None or kind is None:
-            return None
+        assert self._captured is not None, "the tower has not run"
         # [F, P, heads * d] of this rank's heads.
         heads, width = self._attention.num_heads_per_partition, self._attention.head_dim
         query, key = (tensor.reshape(-1, heads, width) for tensor in self._captured)
@@ -119,14 +120,22 @@ class ScoreLlavaOnevisionForConditionalGeneration(
         if self.compressor is None:
             return super()._process_video_pixels(inputs)
         videos, fields = inputs
-        kinds = self.saliency_kinds(fields)
-        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"], kinds))
+        return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"], fields))
 
     def _encode_videos(
-        self, videos: Any, kinds: list[str | None]
+        self, videos: Any, fields: Mapping[str, Any]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for pixels, kind in zip(videos, kinds, strict=True):
-            self._listening = kind is not None
-            x = self._video_pixels_to_features(self.vision_tower, pixels)
-            self._listening = False
-            yield x.flatten(0, 1), self._saliency(kind)
+        for index, (pixels, kind) in enumerate(zip(videos, self.saliency_kinds(fields), strict=True)):
+            yield self.encode_cells(fields, index, kind, partial(self._encode_some, pixels, kind))
+
+    def _encode_some(self, pixels: torch.Tensor, kind: str | None, frames: list[int]) -> dict[str, torch.Tensor]:
+        """The tower on some frames [F, ...] of a video; each is a cell."""
+        self._listening = kind is not None
+        chosen = pixels
+        if len(frames) < len(pixels):
+            chosen = pixels.index_select(0, device_index(frames, pixels.device))
+        values = {ROWS: self._video_pixels_to_features(self.vision_tower, chosen)}
+        self._listening = False
+        if kind is not None:
+            values[kind] = self._saliency(kind)
+        return values

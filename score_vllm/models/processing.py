@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
@@ -24,6 +25,7 @@ from score_vllm.budget import check_retention_ratio, num_retained_tokens
 from score_vllm.config import ServingConfig
 from score_vllm.layout import LEARNED, VideoLayout
 from score_vllm.models import media  # noqa: F401  (registers connector and loaders where requests are processed)
+from score_vllm.models.cell_records import draw_ticket
 from score_vllm.models.video_options import VideoOptions
 from score_vllm.policy import RetentionPolicy
 from score_vllm.types import VideoGrid
@@ -41,6 +43,10 @@ SPECS_KEY = "score_specs"
 LAYOUT_KEY = "score_layout"
 NUM_RETAINED_KEY = "score_num_retained"
 METHOD_INDEX_KEY = "score_method_index"
+# [T, 4] int64 per video, see :func:`cell_keys`, and the name under which the worker says how many it encoded.
+CELLS_KEY = "score_cells"
+TICKET_KEY = "score_ticket"
+FIELDS = (LAYOUT_KEY, NUM_RETAINED_KEY, METHOD_INDEX_KEY, CELLS_KEY, TICKET_KEY)
 REPORT_KEY = "score"
 
 
@@ -62,7 +68,10 @@ class VideoSpec:
 
 @dataclass(frozen=True, slots=True)
 class VideoReport:
-    """What happened to one video; becomes an entry of the response's ``score.videos``."""
+    """What happened to one video; becomes an entry of the response's ``score.videos``.
+
+    ``ticket`` is None for embeddings, which no tower encodes.
+    """
 
     grid: VideoGrid
     retained_tokens: int
@@ -70,6 +79,7 @@ class VideoReport:
     position_extent: int
     structure_tokens: int = 0
     read: Mapping[str, Any] | None = None
+    ticket: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -103,6 +113,16 @@ class CompressionProcessorMixin:
     def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
         """The span of each video in the output of the family's Hugging Face processor; empty where it has none."""
         raise NotImplementedError
+
+    def video_pixels(self, data: Mapping[str, Any], layouts: Sequence[VideoLayout]) -> list[torch.Tensor | None]:
+        """[T, ...] pixels of each video, a cell at a time, in the processor's output; None of embeddings."""
+        pixels = data.get("pixel_values_videos")
+        if pixels is None:
+            return [None] * len(layouts)
+        if "video_grid_thw" in data:  # one row per patch, cell after cell
+            counts = [int(thw.prod()) for thw in data["video_grid_thw"]]
+            pixels = pixels.split(counts)
+        return [one.reshape(layout.grid.t, -1, one.shape[-1]) for one, layout in zip(pixels, layouts, strict=True)]
 
     def _setup_compression(self, video_token: str) -> None:
         info: Any = self.info  # type: ignore[attr-defined]
@@ -251,13 +271,19 @@ class CompressionProcessorMixin:
             data[NUM_RETAINED_KEY] = torch.tensor(kept, dtype=torch.int64)
             known = self.serving.methods
             data[METHOD_INDEX_KEY] = torch.tensor([known.index(s.method) for s in specs], dtype=torch.int64)
+            algorithm = info.ctx.get_mm_config().mm_hasher_algorithm
+            data[CELLS_KEY] = [
+                torch.zeros(layout.grid.t, 4, dtype=torch.int64) if pixels is None else cell_keys(pixels, algorithm)
+                for layout, pixels in zip(layouts, self.video_pixels(data, layouts), strict=True)
+            ]
+            data[TICKET_KEY] = torch.tensor([draw_ticket() for _ in specs], dtype=torch.int64)
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
         _, clean = _split_specs(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, clean))  # type: ignore[misc]
         if self.serving is not None:
-            for key in (LAYOUT_KEY, NUM_RETAINED_KEY, METHOD_INDEX_KEY):
+            for key in FIELDS:
                 fields[key] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
         return fields
 
@@ -272,11 +298,13 @@ class CompressionProcessorMixin:
             layout = VideoLayout.from_tensor(item[LAYOUT_KEY].data)
             kept = int(item[NUM_RETAINED_KEY].data)
             read = _read_of(mm_items, item_idx)
-            report = VideoReport(layout.grid, kept, specs[item_idx], layout.extent, layout.structure_tokens, read)
+            ticket = int(item[TICKET_KEY].data) if "pixel_values_videos" in item else None
+            spec, structure = specs[item_idx], layout.structure_tokens
+            report = VideoReport(layout.grid, kept, spec, layout.extent, structure, read, ticket)
             # Which vision rows stand between the structure rows is known only after the tower: the ids of the span are
             # right as a multiset, not in order. Nothing reads them but the embedding, which overwrites them.
-            structure = [self._video_token_id if token == LEARNED else int(token) for token in layout.ids]
-            return _CompressedPlaceholder(full=structure + [self._video_token_id] * kept, report=report)
+            ids = [self._video_token_id if token == LEARNED else int(token) for token in layout.ids]
+            return _CompressedPlaceholder(full=ids + [self._video_token_id] * kept, report=report)
 
         video = PromptReplacement(modality="video", target=[self._video_token_id], replacement=placeholders)
         return [update for update in updates if update.modality != "video"] + [video]
@@ -286,6 +314,23 @@ class CompressionProcessorMixin:
             for updates in mm_res.prompt_updates.get("video", []):
                 _reports.get().append(updates[0].content.report)
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+
+
+def cell_keys(pixels: torch.Tensor, algorithm: Any) -> torch.Tensor:
+    """The identity of each cell of a video.
+
+    Args:
+        pixels: [T, ...] as the tower reads them.
+        algorithm: of vLLM's hashes.
+
+    Returns:
+        [T, 4] int64, a digest of each cell's pixels, their dtype and their shape, which holds the grid.
+    """
+    digests = [
+        MultiModalHasher.hash_kwargs(algorithm, dtype=str(cell.dtype), shape=tuple(cell.shape), pixels=cell)
+        for cell in pixels.contiguous()
+    ]
+    return torch.from_numpy(np.array([np.frombuffer(bytes.fromhex(digest)[:32], np.int64) for digest in digests]))
 
 
 def resolve_ratios(asked: Any, num_videos: int, default: float) -> tuple[float, ...]:

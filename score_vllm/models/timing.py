@@ -1,7 +1,7 @@
 """What the compressor does, counted in the worker and read by the API processes, without a sync or a lock.
 
-A worker owns one small file of float64: the histogram's bucket counts, the sum of seconds, and the number of videos
-with NaN scores. It is the only writer; the metrics page adds up the files of all workers.
+A worker owns one small file of float64: the histogram's bucket counts and the numbers of :class:`Totals`. It is the
+only writer; the metrics page adds up the files of all workers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,29 @@ logger = logging.getLogger(__name__)
 STATS_VARIABLE = "SCORE_STATS_DIR"
 # Upper bounds in seconds; one more bucket counts what is above the last.
 BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_SECONDS, _NAN = len(BUCKETS) + 1, len(BUCKETS) + 2
-_SIZE = _NAN + 1
+_SECONDS, _NAN, _ENCODED, _REUSED, _CACHE_BYTES = range(len(BUCKETS) + 1, len(BUCKETS) + 6)
+_SIZE = _CACHE_BYTES + 1
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all workers.
+
+    Attributes:
+        counts: videos per bucket of seconds of selection (not cumulative; the last is the overflow).
+        seconds: of selection.
+        nan_videos: videos with NaN scores.
+        encoded_cells: temporal cells that the tower encoded.
+        reused_cells: cells of encoded videos whose tower output was there already.
+        cache_bytes: of the cells held now.
+    """
+
+    counts: list[int]
+    seconds: float
+    nan_videos: int
+    encoded_cells: int
+    reused_cells: int
+    cache_bytes: int
 
 
 @dataclass
@@ -41,39 +62,45 @@ class _Video:
 
 
 class CompressorStats:
-    """Seconds and NaN videos of one worker.
+    """The numbers of one worker.
 
     Args:
         directory: where the file of this process goes; None keeps the numbers in this process.
     """
 
     def __init__(self, directory: str | None) -> None:
-        self._cells = np.zeros(_SIZE)
+        self._numbers = np.zeros(_SIZE)
         self._pending: deque[tuple[_Video, torch.cuda.Event, torch.cuda.Event]] = deque()
         if directory is not None:
             path = Path(directory) / f"compressor-{os.getpid()}.f64"
-            self._cells = np.memmap(path, dtype=np.float64, mode="w+", shape=(_SIZE,))
+            self._numbers = np.memmap(path, dtype=np.float64, mode="w+", shape=(_SIZE,))
 
     @property
     def nan_videos(self) -> int:
         """Videos with NaN scores since the last reset, as far as their results have arrived."""
-        return int(self._cells[_NAN])
+        return int(self._numbers[_NAN])
 
     def reset(self) -> None:
         """Forget everything measured so far."""
         self._pending.clear()
-        self._cells[:] = 0
+        self._numbers[:] = 0
 
     def _record(self, seconds: float, has_nan: bool) -> None:
-        self._cells[int(np.searchsorted(BUCKETS, seconds))] += 1
-        self._cells[_SECONDS] += seconds
+        self._numbers[int(np.searchsorted(BUCKETS, seconds))] += 1
+        self._numbers[_SECONDS] += seconds
         if has_nan:
             # Ending the engine would end every request; such a video keeps tokens by index.
-            self._cells[_NAN] += 1
+            self._numbers[_NAN] += 1
             logger.error(
                 "a video's scores are NaN: its vision features are broken, and so is its answer (%d such videos yet)",
                 self.nan_videos,
             )
+
+    def count_cells(self, encoded: int, reused: int, cache_bytes: int) -> None:
+        """Add the cells of one video; ``cache_bytes`` is what the cell cache holds after it."""
+        self._numbers[_ENCODED] += encoded
+        self._numbers[_REUSED] += reused
+        self._numbers[_CACHE_BYTES] = cache_bytes
 
     def collect(self) -> None:
         """Take in what the GPU has finished; called in every step, costs nothing where nothing is pending."""
@@ -106,19 +133,11 @@ class CompressorStats:
         self._pending.append((video, begun, ended))
 
 
-def read_stats(directory: Path) -> tuple[list[int], float, int]:
-    """Sum over all workers.
-
-    Args:
-        directory: the one given to the workers.
-
-    Returns:
-        ``(counts, seconds, nan_videos)``: a count per bucket (not cumulative; the last is the overflow), the sum of
-        seconds, and the number of videos with NaN scores.
-    """
+def read_stats(directory: Path) -> Totals:
+    """Sums over the workers that were given this directory."""
     total = np.zeros(_SIZE)
     for path in sorted(directory.glob("compressor-*.f64")):
-        cells = np.fromfile(path, dtype=np.float64)
-        if cells.shape == total.shape:
-            total += cells
-    return [int(count) for count in total[:_SECONDS]], float(total[_SECONDS]), int(total[_NAN])
+        numbers = np.fromfile(path, dtype=np.float64)
+        if numbers.shape == total.shape:
+            total += numbers
+    return Totals([int(count) for count in total[:_SECONDS]], float(total[_SECONDS]), *map(int, total[_NAN:]))

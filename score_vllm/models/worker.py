@@ -18,6 +18,8 @@ class ScoreWorkerExtension:
         policy = None if compressor is None else compressor.policy
         if compressor is not None and not getattr(self, "_score_asked", False):
             compressor.stats.reset()
+            if compressor.cells is not None:
+                compressor.cells.clear()
             self._score_asked = True  # another API server may be serving already when the next one asks
         return {
             "model_class": type(model).__name__,

@@ -17,7 +17,8 @@ from score_vllm import RetentionPolicy
 from score_vllm.config import FIRST_ARCHITECTURE, ServingConfig
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
-from score_vllm.models.timing import BUCKETS, CompressorStats, read_stats
+from score_vllm.models.cell_records import EncodedCellsReader, EncodedCellsWriter, draw_ticket
+from score_vllm.models.timing import BUCKETS, CompressorStats, Totals, read_stats
 from score_vllm.server import endpoints
 from score_vllm.server.context import RequestContext
 from score_vllm.server.metrics import CompressorCollector
@@ -120,15 +121,50 @@ def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.Monke
         stats.reset()
         for value in seconds:
             stats._record(value, has_nan=pid == 1)
-    counts, total, nan_videos = read_stats(tmp_path)
+        stats.count_cells(encoded=pid, reused=10, cache_bytes=1000)
+    totals = read_stats(tmp_path)
+    counts = totals.counts
     assert len(counts) == len(BUCKETS) + 1
     assert counts[0] == 1
     assert counts[BUCKETS.index(0.005)] == 1
     assert counts[-1] == 1
     assert sum(counts) == 3
-    assert total == pytest.approx(100.0031)
-    assert nan_videos == 2
-    assert read_stats(tmp_path / "nowhere") == ([0] * len(counts), 0.0, 0)
+    assert totals.seconds == pytest.approx(100.0031)
+    assert totals.nan_videos == 2
+    assert (totals.encoded_cells, totals.reused_cells, totals.cache_bytes) == (3, 20, 2000)
+    assert read_stats(tmp_path / "nowhere") == Totals([0] * len(counts), 0.0, 0, 0, 0, 0)
+
+
+def test_cells_and_the_cache_are_on_the_metrics_page(tmp_path: Path) -> None:
+    stats = CompressorStats(str(tmp_path))
+    stats.count_cells(encoded=3, reused=1, cache_bytes=500)
+    stats.count_cells(encoded=0, reused=4, cache_bytes=400)
+    samples = {s.name: s.value for family in CompressorCollector(tmp_path).collect() for s in family.samples}
+    assert samples["score_encoded_cells_total"] == 3
+    assert samples["score_reused_cells_total"] == 5
+    assert samples["score_cell_cache_bytes"] == 400
+
+
+def test_each_video_hears_once_what_was_encoded_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers = []
+    for pid in (1, 2):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        writers.append(EncodedCellsWriter(str(tmp_path)))
+    reader, one, other = EncodedCellsReader(tmp_path), draw_ticket(), draw_ticket()
+    assert one != other
+    assert reader.take(one) == 0
+    writers[0].write(one, 8)
+    writers[1].write(other, 3)
+    assert (reader.take(one), reader.take(other)) == (8, 3)
+    assert (reader.take(one), reader.take(other)) == (0, 0), "of two requests at once for one video, one encoded it"
+    for _ in range(3):  # encoded again after preemption, and for other videos, past the end of the ring
+        for _ in range(2000):
+            writers[0].write(other, 1)
+        writers[0].write(one, 8)
+        assert reader.take(one) == 8
+    assert reader.take(one) == 0
+    assert reader.take(other) == 4093
+    assert EncodedCellsReader(tmp_path / "nowhere").take(one) == 0
 
 
 def test_nan_videos_are_counted_logged_and_on_the_metrics_page(

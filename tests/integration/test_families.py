@@ -32,6 +32,7 @@ from score_vllm.vision.tower import VisionTower
 from . import conftest as tier  # noqa: F401  (the environment of in-process engines)
 from .family_oracle import Oracle, random_video
 from .tiny_families import HIDDEN, build_llava, build_policy, build_qwen2_vl, build_qwen3
+from .warm_cells import check_warm_cells
 
 QWEN = "<|vision_start|><|{}_pad|><|vision_end|>"
 LLAVA_VIDEO = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
@@ -374,6 +375,20 @@ def test_rows_and_saliency_equal_the_tower_s_through_transformers(method: str, k
     torch.testing.assert_close(saliency, tower.encode_with_saliency(frames, [kind])[2][kind], atol=1e-5, rtol=0)
     own = tower.layout(grid, len(frames), metadata["fps"])
     assert np.array_equal(own.to_tensor(), layout.to_tensor())
+
+
+def test_no_cell_is_encoded_twice(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = f"Again {served.family.video} and again."
+    frames, metadata = served.video(26, 3, 5, seed=81)
+
+    def ask(parts: np.ndarray, ratio: float, method: str | None) -> tuple[torch.Tensor, list[int]]:
+        videos = [(parts, {**metadata, "total_num_frames": len(parts), "frames_indices": list(range(len(parts)))})]
+        output = served.generate(prompt, videos, ratio=ratio, method=method)
+        served.check(output, prompt, videos, ratio=ratio, method=method)
+        ((x, _, _),) = served.compressed
+        return x.clone(), list(output.outputs[0].token_ids)
+
+    check_warm_cells(ask, served.llm, served.model, frames, 2 if served.family.pixels else 1, monkeypatch)
 
 
 def test_ratio_one_equals_plain_vllm(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from vllm import SamplingParams  # noqa: E402
 
 from .conftest import CHUNK, Engine, make_video  # noqa: E402
 from .oracle import VisualItem, greedy  # noqa: E402
+from .warm_cells import check_warm_cells  # noqa: E402
 
 VIDEO, IMAGE = "<|vision_start|><|video_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -221,6 +222,28 @@ def test_ratios_never_share_cache_entries(engine: Engine) -> None:
     fresh = generate(engine, prompt, [video], ratio=0.3, num_tokens=1)
     assert len(fresh.prompt_token_ids) > 32, "long enough to fill a block that could be shared"
     assert fresh.num_cached_tokens == 0, "a new ratio must not find another ratio's video in the prefix cache"
+
+
+def test_no_cell_is_encoded_twice(
+    engine: Engine, reference: Any, tokenizer: Any, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the tower with attention within windows."""
+    policy = RetentionPolicy.from_pretrained(tiny_policy)
+    prompt = f"Again {VIDEO} and again."
+    frames, metadata = make_video(26, 140, 196, seed=8100)
+
+    def ask(parts: np.ndarray, ratio: float, method: str | None) -> tuple[torch.Tensor, list[int]]:
+        videos = [(parts, {**metadata, "total_num_frames": len(parts), "frames_indices": list(range(len(parts)))})]
+        engine.clear()
+        output = generate(engine, prompt, videos, ratio=ratio, method=method)
+        if method is None:
+            parts_of = oracle_prompt(tokenizer, prompt, engine, videos, [ratio], policy)
+            check(output, *greedy(reference, parts_of, 8))
+        ((x, _, _),) = engine.compressed
+        return x.clone(), list(output.outputs[0].token_ids)
+
+    model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    check_warm_cells(ask, engine.llm, model, frames, 2, monkeypatch)
 
 
 def test_decode_does_no_position_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
