@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+# Frames per second of every clip.
+FPS = 2
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -57,24 +60,29 @@ def draw_frames(count: int, height: int, width: int, seed: int) -> np.ndarray:
     return frames
 
 
-def write_clip(path: Path, shape: ClipShape, seed: int) -> Path:
-    """Encode one clip (MPEG-4 part 2, 2 frames per second), atomically."""
+def write_frames(path: Path, frames: np.ndarray, gop_size: int = 12) -> Path:
+    """Encode [F, H, W, 3] uint8 (MPEG-4 part 2, :data:`FPS` frames per second), atomically."""
     import av
 
     handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         with av.open(name, "w") as container:
-            stream = container.add_stream("mpeg4", rate=Fraction(2))
-            stream.height, stream.width, stream.pix_fmt = shape.height, shape.width, "yuv420p"
-            stream.gop_size = 12
-            for picture in draw_frames(shape.frames, shape.height, shape.width, seed):
+            stream = container.add_stream("mpeg4", rate=Fraction(FPS))
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            stream.gop_size = gop_size
+            for picture in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode(None))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
     return path
+
+
+def write_clip(path: Path, shape: ClipShape, seed: int) -> Path:
+    """Encode one clip, atomically."""
+    return write_frames(path, draw_frames(shape.frames, shape.height, shape.width, seed))
 
 
 def write_clips(folder: Path, shape: ClipShape, seeds: Sequence[int]) -> list[Path]:

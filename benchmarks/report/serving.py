@@ -116,6 +116,32 @@ def ttft_picture(document: Document, digest: str) -> bytes:
     return png(title, [panel], digest, (9, 0.62 * len(rows) + 2.2))
 
 
+def questions_rows(document: Document) -> tuple[list[str], Lines]:
+    """One line per run: throughput against the cache switched off, and how many cells were encoded."""
+    rows = document["rows"]
+    off = next(row for row in rows if row["row"] == "cache off")["requests_per_second"]
+    lines = []
+    for row in rows:
+        cells = row["encoded_cells"] + row["reused_cells"]
+        lines.append([row["row"], f"{row['requests_per_second'] / off:.2f}x", f"{row['encoded_cells']:,} of {cells:,}"])
+    return ["", "throughput vs cache off", "cells encoded"], lines
+
+
+def reuse_rows(document: Document) -> tuple[list[str], Lines]:
+    """One line per case: cells encoded, the median of the time to first token, and against vanilla and a cold start."""
+    rows = document["rows"]
+    ttft = {row["row"]: row["ttft_ms"]["median"] for row in rows}
+    lines = []
+    for row in rows:
+        encoded = " or ".join(f"{some} of {cells}" for some, cells in row["encoded_of_cells"])
+        own = ttft[row["row"]]
+        vit = f"{100 * row['stages_ms']['ViT']['median'] / ttft['vanilla']:.1f}"
+        lines.append(
+            [row["row"], encoded, vit, f"{ttft['vanilla'] / own:.2f}x", f"{ttft['cold, cache off'] / own:.2f}x"]
+        )
+    return ["", "cells encoded", "ViT, % of vanilla's TTFT", "TTFT vs vanilla", "vs cold, cache off"], lines
+
+
 def scaled_ratio(document: Document) -> str:
     """The compressed engine's retention ratio, as in "SCORE 10%"."""
     ratio = next(row["retention_ratio"] for row in document["fit"] if row["retention_ratio"] is not None)
@@ -233,6 +259,19 @@ BLOCKS = {
     ),
     "ttft_stages": Block(
         pattern="ttft_stages_*.json", rows=ttft_rows, caption="medians; " + WHERE, picture=ttft_picture
+    ),
+    "reuse": Block(
+        pattern="reuse_*.json",
+        rows=reuse_rows,
+        caption="medians of {arguments[repeats]}; {arguments[frames]} frames a clip, ratios {arguments[ratios]}; "
+        + WHERE,
+        picture=ttft_picture,
+    ),
+    "questions": Block(
+        pattern="questions_*.json",
+        rows=questions_rows,
+        caption="{arguments[users]} users, {arguments[questions]} questions about each of {arguments[clips]} clips at "
+        "ratios {arguments[ratios]}, every other cache off; " + WHERE,
     ),
     "scaling": Block(
         pattern="scaling_*.json",

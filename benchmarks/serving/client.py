@@ -46,6 +46,7 @@ class Request:
         max_tokens: exactly this many are generated.
         ratio: retention ratio; None leaves the field out (a vanilla server would ignore it in silence).
         counts: None where they are not known yet.
+        window: seconds of the video to read; None is all.
     """
 
     url: str
@@ -53,6 +54,7 @@ class Request:
     max_tokens: int
     ratio: float | None = None
     counts: Counts | None = None
+    window: tuple[float, float] | None = None
 
     def body(self, model: str) -> dict[str, Any]:
         """What is sent."""
@@ -61,6 +63,8 @@ class Request:
             [user_message(self.url, self.text)],
             max_tokens=self.max_tokens,
             retention_ratio=self.ratio,
+            video_start=self.window and self.window[0],
+            video_end=self.window and self.window[1],
             ignore_eos=True,
             stream=True,
             stream_options={"include_usage": True, "continuous_usage_stats": True},
@@ -76,7 +80,10 @@ def write_requests(path: Path, requests: Sequence[Request]) -> None:
 def read_requests(path: Path) -> list[Request]:
     """What :func:`write_requests` wrote."""
     found = json.loads(path.read_text())
-    return [Request(**entry | {"counts": entry["counts"] and Counts(**entry["counts"])}) for entry in found]
+    for entry in found:
+        entry["counts"] = entry["counts"] and Counts(**entry["counts"])
+        entry["window"] = entry["window"] and tuple(entry["window"])
+    return [Request(**entry) for entry in found]
 
 
 class EventParser:

@@ -46,6 +46,7 @@ class ServerOptions:
         kv_gib: KV cache on a CPU, in GiB.
         extra: further options of vLLM's server, for both.
         spans: folder for stage spans; None installs no stopwatch.
+        cell_cache_gib: of SCORE's cell cache.
     """
 
     model: BenchModel
@@ -56,6 +57,7 @@ class ServerOptions:
     kv_gib: int = 2
     extra: Sequence[str] = ()
     spans: Path | None = None
+    cell_cache_gib: float = 0
 
 
 @dataclass
@@ -109,6 +111,7 @@ def command_line(kind: str, options: ServerOptions, port: int) -> list[str]:
     if kind == "score":
         command = [sys.executable, "-m", "score_vllm.server.cli", "--model", options.model.path]
         command += ["--policy", options.model.policy, "--max-frames", str(options.max_frames), "--fps", "2"]
+        command += ["--cell-cache-gib", str(options.cell_cache_gib)]
     else:
         command = [sys.executable, str(VLLM_CLI), "serve", options.model.path]
         command += ["--media-io-kwargs", json.dumps({"video": loader})]

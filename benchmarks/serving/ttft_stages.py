@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving.ttft_stages            # meant to stay within 5 minutes on two quiet cores
     python -m benchmarks.serving.ttft_stages --quick
+    python -m benchmarks.serving.ttft_stages --reuse --frames 60 --repeats 6
     python -m benchmarks.serving.ttft_stages --model Qwen/Qwen2.5-VL-7B-Instruct --policy DIR --dtype bfloat16 \\
         --frames 128 --server-args="--gpu-memory-utilization 0.45"     # two servers share the GPU
 
@@ -11,6 +12,10 @@ seen to be slower by some per cent, whichever it was. The client fetches nothing
 HTTP (from the loopback, so a real network adds its own), decodes, preprocesses, encodes, selects, prefills. Stopwatches
 inside the servers stand between those stages (inserver/score_bench_plugin.py); what lies between them is "hand-over".
 vLLM's own queue, prefill and TTFT metrics and ``score_compressor_seconds`` of the same requests stand beside them.
+
+``--reuse`` times requests whose cells were encoded before (reuse.py): another ratio, a window that slides, a clip that
+grows, a slide show; against vanilla, and against the same server without a cell cache. 6 repeats take a quarter of an
+hour on two cores.
 
 Before anything is timed: answers at ratio 1 must equal vanilla's, and every prompt must have exactly its tokens.
 """
@@ -28,7 +33,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.harness import Sample, at_least, ratios, row_name
-from benchmarks.serving.client import Counts, Request, ask
+from benchmarks.serving.client import Answer, Counts, Request, ask
 from benchmarks.serving.server import KINDS, SERVED_NAME, Server, file_server, running
 from benchmarks.serving.setup import QUESTION, Setup, answers_of, check_ratio_one, parse, prepare, serving_parser
 from benchmarks.serving.stage_split import STAGES, SpanReader, split
@@ -59,8 +64,8 @@ def summarise(ratio: float | None, counts: Counts, runs: Sequence[dict[str, Any]
     }
 
 
-def measure(server: Server, reader: SpanReader, request: Request) -> dict[str, Any]:
-    """Stages of one request, and the growth of the server's own metrics, in seconds.
+def measure(server: Server, reader: SpanReader, request: Request) -> tuple[dict[str, Any], Answer]:
+    """Stages of one request and the growth of the server's own metrics, in seconds, and its answer.
 
     Raises:
         SystemExit: its answer is not right.
@@ -71,7 +76,7 @@ def measure(server: Server, reader: SpanReader, request: Request) -> dict[str, A
     stages = split(reader.new(), answer.sent, answer.arrivals[0][0], compressed=request.ratio is not None)
     after = server.metrics()
     own = {key: after[name] - before.get(name, 0.0) for key, name in OWN_METRICS.items() if name in after}
-    return {"stages": stages, "own": own}
+    return {"stages": stages, "own": own}, answer
 
 
 def start_and_measure(
@@ -93,7 +98,7 @@ def start_and_measure(
         for url, row in tqdm(list(itertools.product(urls, rows)), desc="requests", unit="request"):
             kind = "vanilla" if row is None else "score"
             request = Request(url, QUESTION, 1, row, counts)
-            runs[row].append(measure(servers[kind], readers[kind], request))
+            runs[row].append(measure(servers[kind], readers[kind], request)[0])
     return counts, runs
 
 
@@ -101,7 +106,19 @@ def main() -> None:
     parser = serving_parser(__doc__, frames=32)
     parser.add_argument("--ratios", type=ratios, default="1,0.4,0.25,0.1", help="with commas between")
     parser.add_argument("--repeats", type=at_least(1), default=10, help="clips; each goes through every row")
+    parser.add_argument("--reuse", action="store_true", help="requests whose cells were encoded before")
+    parser.add_argument("--cell-cache-gib", type=float, default=1, help="with --reuse (default %(default)s)")
     args = parse(parser, repeats=2)
+    if args.reuse:
+        from benchmarks.serving import reuse
+
+        args.ratios = args.ratios[-1:] + args.ratios[-2:-1]
+        if len(args.ratios) != 2:
+            parser.error("--reuse needs two --ratios: the lowest is asked for first, the next one after it")
+        setup = prepare("reuse", args, 2, 0)
+        with file_server(setup.folder / "media") as base:
+            reuse.run(setup, args, base)
+        return
     setup = prepare("ttft_stages", args, args.repeats + 2, 0)
     rows: list[float | None] = [None, *args.ratios]
     runs: Runs = {row: [] for row in rows}
