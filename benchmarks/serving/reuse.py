@@ -1,6 +1,6 @@
 """The cases of ``ttft_stages --reuse``: requests whose temporal cells have been encoded before, wholly or in part.
 
-Three servers run side by side: vanilla, SCORE without a cell cache, and SCORE with one. Per repeat, on clips of its own:
+Three servers run side by side: vanilla, SCORE without a cell cache, SCORE with one. Per repeat, on clips of its own:
 
 * ``cold``: a clip that nobody has seen, also without the cache;
 * ``another ratio``: the same clip;

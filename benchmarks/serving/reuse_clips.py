@@ -29,7 +29,7 @@ def write_slides(path: Path, shape: ClipShape, slides: int, seed: int) -> Path:
 
 
 def cut(source: Path, start: float, end: float) -> Path:
-    """The part ``[start, end)`` seconds of a source as a file of its own, its packets copied; start is a key frame's."""
+    """The part ``[start, end)`` seconds of a source as a file of its own, packets copied; start is a key frame's."""
     import av
 
     path = source.with_name(f"{source.stem}-{start:g}-{end:g}{source.suffix}")
