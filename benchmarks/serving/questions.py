@@ -112,7 +112,7 @@ def soak(setup: Setup, clips: int) -> None:
     half, end = resident[clips // 2], resident[-1]
     mib = 2**20
     print(
-        f"{clips} distinct clips: at most {most / mib:.1f} of {bound / mib:.1f} MiB in the cache, the oldest forgotten; "
+        f"{clips} distinct clips: at most {most / mib:.1f} of {bound / mib:.1f} MiB in the cache, oldest forgotten; "
         f"the server's resident memory: {half / mib:.0f} MiB after half of them, {end / mib:.0f} MiB at the end"
     )
 
