@@ -81,28 +81,23 @@ class CellEncoder:
         Returns:
             [T, N, ...] each.
         """
-        if self._cache is None:
-            self._count(ticket, len(keys), len(keys))
-            return tower(list(range(len(keys))))
         plan = self.plan(keys, names)
         return self.finish(plan, ticket, tower(plan.missing) if plan.missing else {})
 
     def plan(self, keys: torch.Tensor, names: Iterable[str]) -> CellPlan:
         """What must be encoded; the first half of :meth:`encode`."""
-        assert self._cache is not None
+        if self._cache is None:
+            return CellPlan.of_all(len(keys))
         return self._cache.plan([row.tobytes() for row in keys.cpu().numpy()], tuple(names))
 
     def finish(self, plan: CellPlan, ticket: int, fresh: Values) -> Values:
         """Keep what was encoded and put the video together; the second half of :meth:`encode`."""
-        assert self._cache is not None
-        if fresh:
+        if fresh and self._cache is not None:
             self._cache.put(plan, fresh, BrokenFlags(_broken(fresh)))
-        self._count(ticket, len(plan.missing), len(plan.keys))
-        return plan.join(fresh)
-
-    def _count(self, ticket: int, encoded: int, total: int) -> None:
+        encoded, used = len(plan.missing), 0 if self._cache is None else self._cache.used_bytes
         self._records.write(ticket, encoded)
-        self._stats.count_cells(encoded, total - encoded, 0 if self._cache is None else self._cache.used_bytes)
+        self._stats.count_cells(encoded, len(plan.order) - encoded, used)
+        return plan.join(fresh)
 
 
 def _broken(fresh: Values) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from score_vllm.layout import VideoLayout, grid_layout
 from score_vllm.models.adapter import CompressionModelMixin
 from score_vllm.models.cells import ROWS
+from score_vllm.models.encoder_graphs import EncoderGraphsMixin
 from score_vllm.models.saliency import AttentionSaliency, check_saliency_config
 from score_vllm.types import VideoGrid
 from score_vllm.vision.cell_cache import device_index
@@ -23,25 +24,24 @@ def grid_of(grid_thw: torch.Tensor, merge_size: int) -> VideoGrid:
     return VideoGrid(t, h // merge_size, w // merge_size)
 
 
-class QwenModelMixin(CompressionModelMixin):
+class QwenModelMixin(CompressionModelMixin, EncoderGraphsMixin):
     """Put before a Qwen model class, whose tower is ``self.visual``."""
-
-    visual: Any
-    use_data_parallel: bool
 
     def image_layout(self, data: Mapping[str, Any], length: int) -> VideoLayout:
         """An image is a grid of one cell."""
         return grid_layout(grid_of(data["image_grid_thw"].data, self.visual.spatial_merge_size), 1.0)
 
-    def get_encoder_cudagraph_config(self) -> Any:
-        """Videos leave the encoder's graphs: selection follows the tower and its output has other columns."""
-        config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
-        if self.compressor is not None:
-            config.modalities = [name for name in config.modalities if name != "video"]
-        return config
+    @property
+    def requires_sequential_video_encoding(self) -> bool:  # type: ignore[override]
+        """Read by vLLM's V1 runner, which goes by whether it is there: it takes videos out of a batch of several, and so
+        out of the graphs. They encode one video at a time where it is needed."""
+        if self.graphs_take_videos and self._graphs_wanted:
+            raise AttributeError("a batch of videos goes to the encoder's graphs")
+        return True
 
     def _setup_compression(self, vllm_config: Any) -> None:
         super()._setup_compression(vllm_config)
+        self._graphs_wanted = bool(getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False))
         self._saliency: AttentionSaliency | None = None
         if self.compressor is not None and self.compressor.needs_saliency:
             check_saliency_config(vllm_config)

@@ -57,7 +57,7 @@ class CellPlan:
     """What of one video must be encoded.
 
     Attributes:
-        keys: [T], of its cells.
+        keys: [T], of its cells; empty without a cache.
         missing: [M] cells to encode, ascending; of a key that the video has several times, the first.
         order: [T], for every cell its place among the known cells and, behind them, the missing ones.
         known: by name, values of the known cells [H, N, ...], read already; empty where H = 0.
@@ -67,6 +67,11 @@ class CellPlan:
     missing: list[int]
     order: np.ndarray
     known: dict[str, torch.Tensor]
+
+    @classmethod
+    def of_all(cls, count: int) -> CellPlan:
+        """Encode every one of so many cells."""
+        return cls((), list(range(count)), np.arange(count), {})
 
     def join(self, fresh: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """By name, values of all T cells.
