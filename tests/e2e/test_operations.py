@@ -143,5 +143,29 @@ def test_a_client_that_goes_away_frees_its_place(after_chunks: int, server: Serv
     check_counts(chat(server, ask(data_url(fresh_clip)), retention_ratio=0.5), 0.5)
 
 
+def test_the_answer_says_what_was_encoded(server: Server, fresh_clip: Path) -> None:
+    def cells(**fields: Any) -> tuple[int, int]:
+        answer = chat(server, ask(data_url(fresh_clip)), **fields)
+        (video,) = (list(answer)[-1] if fields.get("stream") else answer).score["videos"]
+        assert video["encoded_cells"] + video["reused_cells"] == video["grid"][0]
+        return video["encoded_cells"], video["reused_cells"]
+
+    before = metrics(server)
+    encoded, reused = cells(retention_ratio=0.5)
+    assert (encoded > 0, reused) == (True, 0)
+    assert cells(retention_ratio=0.5) == (0, encoded), "vLLM's own caches know the whole video"
+    assert cells(retention_ratio=0.25, stream=True) == (0, encoded), "the cell cache knows its cells"
+    assert cells(retention_method="evs") == (0, encoded)
+    assert cells(video_end=2.0) == (0, 2), "a window of the same file"
+    after = metrics(server)
+    assert after["score_encoded_cells_total"] - before["score_encoded_cells_total"] == encoded
+    assert after["score_reused_cells_total"] - before["score_reused_cells_total"] == 2 * encoded + 2
+    assert after["score_cell_cache_bytes"] > 0
+    messages = {"model": "demo", "messages": ask(data_url(fresh_clip))}
+    status, counted = post(server, "/tokenize", messages)
+    assert status == 200
+    assert "encoded_cells" not in counted["score"]["videos"][0], "nothing is encoded to count tokens"
+
+
 def test_the_metrics_page_counts_broken_videos(server: Server) -> None:
     assert metrics(server)["score_nan_videos_total"] == 0

@@ -23,8 +23,9 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 from score_vllm import num_retained_tokens, plugin
 from score_vllm.config import ServingConfig
 from score_vllm.models.admission import VideoLimit
-from score_vllm.models.processing import NUM_RETAINED_KEY, REPORT_KEY, RequestFieldError
+from score_vllm.models.processing import CELLS_KEY, NUM_RETAINED_KEY, REPORT_KEY, RequestFieldError
 from score_vllm.types import VideoGrid
+from score_vllm.vision.cell_cache import count_distinct
 from tests.integration.conftest import Engine, make_video
 
 PROMPT = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -106,6 +107,7 @@ def test_profiled_admitted_and_charged_are_one_number(tiny_model: Path, flags: t
     assert int(profiled["video_grid_thw"].data.prod()) == 4 * limit.tokens
     assert int(profiled["video_grid_thw"].data[0]) == -(-flags[0] // 2)
     assert int(profiled[NUM_RETAINED_KEY].data) == limit.tokens, "nothing is dropped in the profile"
+    assert count_distinct(profiled[CELLS_KEY].data) == -(-flags[0] // 2), "every cell is encoded in the profile"
 
 
 def test_the_engine_reserves_that_number(engine: Engine) -> None:

@@ -94,6 +94,17 @@ def test_frames_loader_and_operators_own_media_options(parser: Any) -> None:
     assert args.limit_mm_per_prompt == {"video": 2, "image": 3}
 
 
+def test_the_cell_cache_has_a_size(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    args, _ = configure(parser, "--model", "demo")
+    assert args.hf_overrides["score"]["cell_cache_gib"] is None, "the worker knows the device"
+    args, _ = configure(parser, "--model", "demo", "--cell-cache-gib", "0.5")
+    assert args.hf_overrides["score"]["cell_cache_gib"] == 0.5
+    for bad in ("-1", "all", "nan", "1e9"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--model", "demo", f"--cell-cache-gib={bad}"])
+        assert f"must be a number in [0, 4096], got '{bad}'" in capsys.readouterr().err
+
+
 def test_memory_is_reserved_for_the_frames_that_are_read(parser: Any) -> None:
     args, _ = configure(parser, "--model", "demo")
     assert (args.hf_overrides["score"]["max_frames"], args.hf_overrides["score"]["max_pixels"]) == (128, None)

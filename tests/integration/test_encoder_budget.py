@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,17 +17,20 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from score_vllm import VideoGrid, num_retained_tokens
 from score_vllm.layout import grid_layout
 from score_vllm.models.encoder_budget import EncodedTokensCacheManager
-from score_vllm.models.processing import LAYOUT_KEY
+from score_vllm.models.processing import CELLS_KEY, LAYOUT_KEY
 from tests.integration.conftest import Engine, make_video
 
 BUDGET = 100
 
 
-def feature(name: str, cells: int, ratio: float, key: str = "pixel_values_videos") -> SimpleNamespace:
+def feature(
+    name: str, cells: int, ratio: float, key: str = "pixel_values_videos", digests: list[int] | None = None
+) -> SimpleNamespace:
     """What the scheduler sees of a video of ``cells`` tokens."""
     layout = SimpleNamespace(data=grid_layout(VideoGrid(cells, 1, 1), 1.0).to_tensor())
     kept = num_retained_tokens(cells, ratio)
-    data = {key: SimpleNamespace(data=None), LAYOUT_KEY: layout}
+    keys = torch.tensor(range(cells) if digests is None else digests)[:, None]
+    data = {key: SimpleNamespace(data=None), LAYOUT_KEY: layout, CELLS_KEY: SimpleNamespace(data=keys)}
     position = SimpleNamespace(get_num_embeds=lambda: kept)
     return SimpleNamespace(data=data, identifier=name, mm_position=position)
 
@@ -78,6 +82,22 @@ def test_no_step_encodes_more_than_its_budget_and_all_are_encoded(sizes: list[li
     assert sorted(done) == sorted(cells)
 
 
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=40), min_size=1, max_size=8), st.booleans())
+def test_a_video_is_charged_for_its_distinct_cells_and_never_for_less_than_is_encoded(
+    videos: list[list[int]], reuses: bool
+) -> None:
+    """The workers' cache may know some of them: that can only make it less."""
+    manager = EncodedTokensCacheManager(10**6, reuses)
+    requests = [request(str(n), feature(str(n), len(v), 1.0, digests=v)) for n, v in enumerate(videos)]
+    for one, cells in zip(requests, videos, strict=True):
+        at_ratio_one = one.get_num_encoder_embeds(0)
+        assert manager._surcharge(one, 0) + at_ratio_one >= len(set(cells))
+    thin = [request(f"t{n}", feature(f"t{n}", len(v), 1e-9, digests=v)) for n, v in enumerate(videos)]
+    for one, cells in zip(thin, videos, strict=True):
+        encoded = len(set(cells)) if reuses else len(cells)
+        assert manager._surcharge(one, 0) == encoded - 1, "a token is kept, which vLLM charges itself"
+
+
 def test_at_ratio_one_it_decides_as_vllm_does() -> None:
     requests = [request(str(n), feature(str(n), 30, 1.0)) for n in range(5)]
     assert schedule(EncodedTokensCacheManager(10**6), requests) == ["0", "1", "2"]
@@ -115,6 +135,7 @@ def test_in_the_real_scheduler(
     scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
     own = scheduler.encoder_cache_manager
     assert type(own) is EncodedTokensCacheManager, "the engine did not take --ec-manager-config"
+    assert own._reuses_cells, "the engine has a cell cache"
     made = manager.__new__(manager)
     made.__dict__.update(own.__dict__)
     monkeypatch.setattr(scheduler, "encoder_cache_manager", made)

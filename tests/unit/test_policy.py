@@ -226,6 +226,12 @@ class TestServingConfig:
             ({"policy": 7}, "policy"),
             ({"method": "uniform", "allowed_methods": "random"}, "allowed_methods"),
             ({"method": "uniform", "allowed_methods": ["score"]}, "needs policy"),
+            (
+                {"method": "uniform", "cell_cache_gib": -1},
+                r"cell_cache_gib must be a number of GiB in \[0, 4096\], got -1",
+            ),
+            ({"method": "uniform", "cell_cache_gib": float("nan")}, "cell_cache_gib"),
+            ({"method": "uniform", "cell_cache_gib": True}, "cell_cache_gib"),
             ({"speed": 11}, "unknown keys"),
             ("fast", "must be an object"),
         ],
@@ -248,6 +254,13 @@ class TestServingConfig:
         assert len(keys) == 12
         one = ServingConfig(0.1, "uniform").cache_key(1, "uniform")
         assert one == ServingConfig(0.9, "random").cache_key(1.0, "uniform")
+
+    def test_cells_are_reused_unless_the_cache_is_switched_off(self) -> None:
+        assert ServingConfig(0.1, "uniform").reuses_cells
+        assert ServingConfig(0.1, "uniform", cell_cache_gib=0.5).reuses_cells
+        off = ServingConfig(0.1, "uniform", cell_cache_gib=0)
+        assert not off.reuses_cells
+        assert off.cell_cache_gib == 0.0
 
     def test_default_method_stands_first(self) -> None:
         serving = ServingConfig(0.1, "uniform", allowed_methods=["random", "uniform"])  # type: ignore[arg-type]
