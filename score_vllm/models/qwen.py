@@ -33,8 +33,8 @@ class QwenModelMixin(CompressionModelMixin, EncoderGraphsMixin):
 
     @property
     def requires_sequential_video_encoding(self) -> bool:  # type: ignore[override]
-        """Read by vLLM's V1 runner, which goes by whether it is there: it takes videos out of a batch of several, and so
-        out of the graphs. They encode one video at a time where it is needed."""
+        """Read by vLLM's V1 runner, which asks only whether it is there: it would take the videos of a batch apart, and
+        not to the graphs. Without graphs they are encoded one by one in any case."""
         if self.graphs_take_videos and self._graphs_wanted:
             raise AttributeError("a batch of videos goes to the encoder's graphs")
         return True
