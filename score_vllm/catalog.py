@@ -9,6 +9,8 @@ from score_vllm.architectures import SHORT_NAMES, UNCONVERTED
 from score_vllm.demo import demo_clip, ensure_demo
 
 DEMO = "demo"
+# Selects where there is no policy.
+TRAINING_FREE_METHOD = "vidcom2"
 TRAIN_COMMAND = "python -m score_vllm.train --config train/configs/qwen2_5_vl_7b.toml"
 
 

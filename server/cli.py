@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from score_vllm.catalog import DEMO, UsageError
@@ -26,6 +27,8 @@ PR_SET_CHILD_SUBREAPER = 36
 WILDCARD_HOSTS = (None, "", "0.0.0.0", "::")
 # More than the decoding processes and their queue take together.
 MEDIA_THREADS = 128
+# vLLM's: names of variables that engines under Ray get, beside its own.
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def banner(args: argparse.Namespace) -> str:
@@ -54,10 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     os.environ[STATS_VARIABLE] = str(folder)
     # vLLM and its libraries leave sockets and folders behind when they are killed; not in here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    prepare_for_ray(os.environ)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     # Threads only wait for the decoding processes, whose queue must see every video in order to refuse one too many.
     os.environ.setdefault("VLLM_MEDIA_LOADING_THREAD_COUNT", str(MEDIA_THREADS))
     serve(argv, folder)
+
+
+def prepare_for_ray(environment: MutableMapping[str, str]) -> None:
+    """Ray finds the machine's cluster by a file in the temporary folder that everybody has, not in ours; engines that
+    it starts are told where the metrics of workers go."""
+    environment.setdefault("RAY_TMPDIR", tempfile.gettempdir())
+    copied = environment.get(RAY_COPIES, "")
+    environment[RAY_COPIES] = ",".join(filter(None, [copied, STATS_VARIABLE]))
 
 
 def _become_supervised() -> Path:

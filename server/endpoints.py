@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from score_vllm.models.cell_records import EncodedCellsReader
 from score_vllm.models.media_error import MediaError
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.timing import STATS_VARIABLE
-from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER
+from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER, model_resize
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import metrics, sampling
 from score_vllm.server.content import OWN_FIELDS
@@ -44,7 +43,7 @@ from score_vllm.server.protocol import (
     ScoreTokenizeResponse,
 )
 from score_vllm.server.render import hook_renderer
-from score_vllm.video import Resize, sandbox
+from score_vllm.video import sandbox
 from score_vllm.video.sampling import DEFAULT_MAX_FRAMES
 
 # Encoded videos in work and decoded frames not yet read by the model's processor, over all requests of this process.
@@ -171,10 +170,7 @@ def _prepare_reading(engine_client: Any) -> int | None:
     video = engine_client.vllm_config.model_config.multimodal_config.media_io_kwargs.get("video", {})
     if envs.VLLM_MEDIA_CONNECTOR != MEDIA_CONNECTOR or video.get("video_backend") not in (PYAV_LOADER, DECORD_LOADER):
         return None
-    info = engine_client.renderer.get_mm_processor().info
-    if (resize := Resize.for_processor(info.get_hf_processor().video_processor)) is not None:
-        size = info.resolve_video_kwargs({})["videos_kwargs"]["size"]
-        resize = replace(resize, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+    if (resize := model_resize(engine_client.renderer.get_mm_processor().info)) is not None:
         video.setdefault("resize", resize.to_json())
     return int(video.get("num_frames", DEFAULT_MAX_FRAMES))
 

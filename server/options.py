@@ -10,12 +10,11 @@ from typing import Any
 
 from score_vllm import plugin
 from score_vllm.architectures import BY_NAME, REFUSED, Architecture
-from score_vllm.catalog import TRAIN_COMMAND, ResolvedModel, UsageError, resolve_model
+from score_vllm.catalog import TRAIN_COMMAND, TRAINING_FREE_METHOD, ResolvedModel, UsageError, resolve_model
 from score_vllm.config import MEDIA_CONNECTOR, SPECULATIVE_METHODS, ServingConfig
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server.selectors import resolve_selectors
 
-TRAINING_FREE_METHOD = "vidcom2"
 # Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
 DEFAULT_ON_GROUPS = (
     "vllm.general_plugins",

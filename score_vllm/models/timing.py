@@ -65,13 +65,14 @@ class CompressorStats:
     """The numbers of one worker.
 
     Args:
-        directory: where the file of this process goes; None keeps the numbers in this process.
+        directory: where the file of this process goes; None, or one that another machine has, keeps the numbers in
+            this process.
     """
 
     def __init__(self, directory: str | None) -> None:
         self._numbers = np.zeros(_SIZE)
         self._pending: deque[tuple[_Video, torch.cuda.Event, torch.cuda.Event]] = deque()
-        if directory is not None:
+        if directory is not None and Path(directory).is_dir():
             path = Path(directory) / f"compressor-{os.getpid()}.f64"
             self._numbers = np.memmap(path, dtype=np.float64, mode="w+", shape=(_SIZE,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,19 @@ def decode_limits(options: dict[str, Any]) -> DecodeLimits:
             f"media_io_kwargs.video has unknown keys {unknown}; known are {sorted(known)}, fps, num_frames, resize"
         )
     return DecodeLimits(**options)
+
+
+def model_resize(info: Any) -> Resize | None:
+    """The size that a model's processor gives a video's frames, so that they can be decoded at it.
+
+    Args:
+        info: vLLM's processing info of the model.
+    """
+    resize = Resize.for_processor(info.get_hf_processor().video_processor)
+    if resize is None:
+        return None
+    size = info.resolve_video_kwargs({})["videos_kwargs"]["size"]
+    return replace(resize, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
 
 
 class ScoreVideoLoader(VideoLoader):

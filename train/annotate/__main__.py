@@ -1,4 +1,4 @@
-"""``python -m score_vllm.train.annotate``: re-caption a dataset with a teacher behind an OpenAI-compatible endpoint.
+"""``python -m score_vllm.train.annotate``: re-caption a dataset with a teacher: an endpoint, or engines of our own.
 
 The paper re-annotates all training samples with Qwen3-VL-235B-A22B and Qwen2.5-VL-72B (section 5.1).
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import importlib.util
+import json
 import logging
 import os
 import sys
@@ -19,10 +21,12 @@ from score_vllm.train.data.config import KINDS, FileConfig, SourceConfig, source
 from score_vllm.train.schema import parse_override
 
 if TYPE_CHECKING:
+    from score_vllm.train.annotate.batch import BatchOptions
     from score_vllm.train.annotate.log import AnnotationLog
     from score_vllm.train.annotate.run import Items
     from score_vllm.train.annotate.teacher import TeacherConfig
 
+BACKENDS = ("http", "engine", "ray")
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
@@ -38,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "which a source of kind 'jsonl' reads. Run the same command again to go on where it ended: what was answered "
         "is not asked again, what failed is.",
         epilog=f"Answers are refused for these reasons: {reasons}. Exit code: 0 all asked, 1 some videos failed (see "
-        "the failures file), 2 wrong usage, 3 the endpoint gave up, 130 interrupted.",
+        "the failures file), 2 wrong usage, 3 the endpoint or an engine gave up, 130 interrupted.",
     )
     data = parser.add_argument_group("dataset")
     data.add_argument("--kind", required=True, choices=sorted(KINDS), help="format of the dataset")
@@ -52,8 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--clips", type=Path, metavar="DIR", help="where kinds without video files write theirs as mp4")
     data.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the annotations, .jsonl")
     asked = parser.add_argument_group("teacher")
-    asked.add_argument("--base-url", required=True, metavar="URL", help="of the endpoint, up to and including /v1")
-    asked.add_argument("--model", required=True, help="the teacher's name there")
+    asked.add_argument(
+        "--backend",
+        default="http",
+        choices=BACKENDS,
+        help="an endpoint, a vLLM engine in this process, or several under Ray (default: %(default)s)",
+    )
+    asked.add_argument("--base-url", metavar="URL", help="of the endpoint, up to and including /v1")
+    asked.add_argument("--model", required=True, help="the teacher's name there; of an engine, as for score-serve")
     asked.add_argument(
         "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key"
     )
@@ -61,13 +71,27 @@ def build_parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--send", default="base64", choices=("base64", "file"), help="the video itself, or a file:// URL"
     )
-    asked.add_argument("--retention-ratio", type=float, metavar="RATIO", help="in (0, 1]; for score-vllm's own server")
+    asked.add_argument(
+        "--retention-ratio",
+        type=float,
+        metavar="RATIO",
+        help="in (0, 1]; for score-vllm's own server, whose default it leaves, and engines (default: 0.1)",
+    )
     asked.add_argument("--max-tokens", type=int, default=512, help="of an answer")
     asked.add_argument("--temperature", type=float, default=0.0)
     asked.add_argument("--timeout", type=float, default=300.0, metavar="S", help="of one try")
     asked.add_argument("--retries", type=int, default=5, help="after the first try")
     asked.add_argument("--backoff", type=float, default=1.0, metavar="S", help="before the first retry; doubles")
     asked.add_argument("--concurrency", type=int, default=8, metavar="N", help="questions on the way at once")
+    engine = parser.add_argument_group("engines (--backend engine, --backend ray)")
+    engine.add_argument("--policy", metavar="DIR", help="retention policy; as for score-serve")
+    engine.add_argument("--method", metavar="NAME", help="selection method; as for score-serve")
+    engine.add_argument("--engine-args", default="{}", metavar="JSON", help="more arguments of vLLM's engine")
+    engine.add_argument("--batch", type=int, default=16, metavar="N", help="videos that an engine is given at once")
+    engine.add_argument("--actors", type=int, default=1, metavar="N", help="engines under Ray")
+    engine.add_argument(
+        "--partition", type=int, default=64, metavar="N", help="videos under Ray that are lost where an engine dies"
+    )
     kept = parser.add_argument_group("filters")
     kept.add_argument("--min-words", type=int, default=CaptionFilter.min_words)
     kept.add_argument("--max-words", type=int, default=CaptionFilter.max_words)
@@ -95,15 +119,68 @@ def _source(args: argparse.Namespace) -> SourceConfig:
     return source_config("dataset", kind=args.kind, **raw)
 
 
-def open_all(args: argparse.Namespace) -> tuple[Items, CaptionFilter, TeacherConfig, AnnotationLog]:
-    """Data, filters, endpoint and log from the options.
+def open_teacher(args: argparse.Namespace) -> TeacherConfig | BatchOptions:
+    """Who is asked: an endpoint, or engines of our own.
+
+    Raises:
+        ValueError: an option is missing, out of range, or of another backend.
+    """
+    if args.backend == "http":
+        from score_vllm.train.annotate.teacher import TeacherConfig
+
+        if not args.base_url:
+            raise ValueError("--backend http needs --base-url URL")
+        if args.policy or args.method:
+            raise ValueError("--policy and --method belong to --backend engine and ray: an endpoint has its own")
+        return TeacherConfig(
+            base_url=args.base_url,
+            model=args.model,
+            api_key=os.environ.get(args.api_key_env, ""),
+            send=args.send,
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            retention_ratio=args.retention_ratio,
+            timeout=args.timeout,
+            retries=args.retries,
+            backoff=args.backoff,
+        )
+    from score_vllm.models.offline import EngineOptions
+    from score_vllm.train.annotate.batch import BatchOptions
+
+    if args.base_url:
+        raise ValueError(f"--base-url belongs to --backend http, got --backend {args.backend}")
+    if args.backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("--backend ray needs: pip install 'score-vllm[ray]'")
+    try:
+        engine_args = json.loads(args.engine_args)
+    except ValueError:
+        engine_args = None
+    if not isinstance(engine_args, dict):
+        raise ValueError(f"--engine-args must be a JSON object, got {args.engine_args!r}")
+    engine = EngineOptions(
+        model=args.model,
+        policy=args.policy,
+        method=args.method,
+        retention_ratio=0.1 if args.retention_ratio is None else args.retention_ratio,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        engine_args=engine_args,
+    )
+    engine.resolve()
+    if args.backend == "ray" and args.actors < 1:
+        raise ValueError(f"--actors must be >= 1, got {args.actors}")
+    actors = args.actors if args.backend == "ray" else 0
+    return BatchOptions(engine=engine, actors=actors, batch=args.batch, partition=args.partition)
+
+
+def open_all(args: argparse.Namespace) -> tuple[Items, CaptionFilter, TeacherConfig | BatchOptions, AnnotationLog]:
+    """Data, filters, teacher and log from the options.
 
     Raises:
         LogError, OSError, ValueError: wrong usage; the message is a sentence.
     """
     from score_vllm.train.annotate.log import AnnotationLog
     from score_vllm.train.annotate.run import FileItems, MadeItems
-    from score_vllm.train.annotate.teacher import TeacherConfig
     from score_vllm.train.data.records import RecordSource
     from score_vllm.train.data.sources import open_source
 
@@ -120,18 +197,7 @@ def open_all(args: argparse.Namespace) -> tuple[Items, CaptionFilter, TeacherCon
         min_letters=args.min_letters,
         allow=allow,
     )
-    endpoint = TeacherConfig(
-        base_url=args.base_url,
-        model=args.model,
-        api_key=os.environ.get(args.api_key_env, ""),
-        send=args.send,
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        retention_ratio=args.retention_ratio,
-        timeout=args.timeout,
-        retries=args.retries,
-        backoff=args.backoff,
-    )
+    teacher = open_teacher(args)
     source = open_source(config)
     items: Items
     if isinstance(source, RecordSource):
@@ -151,13 +217,19 @@ def open_all(args: argparse.Namespace) -> tuple[Items, CaptionFilter, TeacherCon
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "retention_ratio": args.retention_ratio,
+        "policy": args.policy,
+        "method": args.method,
         "filter": dataclasses.asdict(judge),
     }
-    return items, judge, endpoint, AnnotationLog(args.output.with_suffix(".log.jsonl"), settings)
+    return items, judge, teacher, AnnotationLog(args.output.with_suffix(".log.jsonl"), settings)
 
 
 def run(
-    args: argparse.Namespace, items: Items, judge: CaptionFilter, endpoint: TeacherConfig, log: AnnotationLog
+    args: argparse.Namespace,
+    items: Items,
+    judge: CaptionFilter,
+    teacher: TeacherConfig | BatchOptions,
+    log: AnnotationLog,
 ) -> int:
     """Ask, and write what was answered.
 
@@ -165,19 +237,24 @@ def run(
         The exit code.
 
     Raises:
-        TeacherError: the endpoint gave up; the log keeps what was answered.
+        TeacherError: the endpoint or an engine gave up; the log keeps what was answered.
     """
     from score_vllm.train.annotate.run import annotate, write_results
-    from score_vllm.train.annotate.teacher import Teacher
+    from score_vllm.train.annotate.teacher import Teacher, TeacherConfig
 
     failures = args.output.with_suffix(".failures.jsonl")
 
-    async def ask() -> None:
-        async with Teacher(endpoint) as teacher:
-            await annotate(items, teacher, judge, log, args.concurrency, args.retry_rejected, args.quiet)
+    async def ask(endpoint: TeacherConfig) -> None:
+        async with Teacher(endpoint) as asked:
+            await annotate(items, asked, judge, log, args.concurrency, args.retry_rejected, args.quiet)
 
     try:
-        asyncio.run(ask())
+        if isinstance(teacher, TeacherConfig):
+            asyncio.run(ask(teacher))
+        else:
+            from score_vllm.train.annotate.batch import annotate_in_batches
+
+            annotate_in_batches(items, teacher, judge, log, args.retry_rejected, args.quiet)
         summary = write_results(items, log, args.output, failures, args.model)
     finally:
         log.close()
@@ -195,12 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m score_vllm.train.annotate``."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="annotate: %(levelname)s: %(message)s")
+    from score_vllm.catalog import UsageError
     from score_vllm.train.annotate.log import LogError
     from score_vllm.train.annotate.teacher import TeacherError
 
     try:
         opened = open_all(args)
-    except (LogError, OSError, ValueError) as error:
+    except (LogError, OSError, UsageError, ValueError) as error:
         print(f"annotate: error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     try:

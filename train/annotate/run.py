@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from score_vllm.client import Reply
 from score_vllm.train.annotate.filters import CaptionFilter, clean
 from score_vllm.train.annotate.log import AnnotationLog, Outcome, write_lines
 from score_vllm.train.annotate.teacher import AnswerError, NoAnswerError, Teacher, TeacherError
@@ -139,9 +140,8 @@ async def annotate(
         TeacherError: the endpoint refuses everything, or too many videos in a row got no answer.
     """
     silent = 0
-    counts = Counter[str]()
 
-    async def work(todo: Iterator[int], bar: Any) -> None:
+    async def work(todo: Iterator[int], bar: Any, counts: Counts) -> None:
         nonlocal silent
         for index in todo:
             try:
@@ -157,13 +157,12 @@ async def annotate(
                 silent = silent + 1 if isinstance(error, NoAnswerError) else 0
                 if silent >= max(_LEAST_IN_A_ROW, 2 * concurrency):
                     raise TeacherError(f"{silent} videos in a row got no answer; the last: {outcome.reason}")
-            counts[outcome.status if outcome else "failed"] += 1
-            bar.set_postfix(counts, refresh=False)
-            bar.update()
+            counts.add(outcome.status if outcome else "failed")
 
     todo = iter(range(len(items)))
     with tqdm(total=len(items), desc="annotate", unit="video", disable=quiet) as bar:
-        tasks = [asyncio.create_task(work(todo, bar)) for _ in range(min(concurrency, max(1, len(items))))]
+        counts = Counts(bar)
+        tasks = [asyncio.create_task(work(todo, bar, counts)) for _ in range(min(concurrency, max(1, len(items))))]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -172,19 +171,39 @@ async def annotate(
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Counts:
+    """What became of the videos, shown behind the bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._counts = bar, Counter[str]()
+
+    def add(self, status: str) -> None:
+        """One more."""
+        self._counts[status] += 1
+        self._bar.set_postfix(self._counts, refresh=False)
+        self._bar.update()
+
+
 async def _one(
     items: Items, index: int, record: VideoRecord, teacher: Teacher, judge: CaptionFilter
 ) -> tuple[Outcome, Exception | None]:
-    video = _absolute(record.video)
     try:
         await asyncio.to_thread(items.prepare, index)
-        answer = await teacher.ask(Path(video), record.prompt)
+        answer = await teacher.ask(Path(_absolute(record.video)), record.prompt)
     except (AnswerError, BrokenSampleError) as error:
-        return Outcome(record.key, "failed", video, record.prompt, reason=str(error)), error
+        return judged(record, error, judge), error
+    return judged(record, answer, judge), None
+
+
+def judged(record: VideoRecord, answer: Reply | Exception, judge: CaptionFilter) -> Outcome:
+    """The outcome of one question: an answer, which the filters may refuse, or why there is none."""
+    video = _absolute(record.video)
+    if isinstance(answer, Exception):
+        return Outcome(record.key, "failed", video, record.prompt, reason=str(answer))
     text = clean(answer.text or "")
     reason = judge.reason(text, record.prompt, answer.finish_reason)
     shown = text if isinstance(text, str) else repr(text)[:1000]
-    return Outcome(record.key, "rejected" if reason else "ok", video, record.prompt, shown, reason), None
+    return Outcome(record.key, "rejected" if reason else "ok", video, record.prompt, shown, reason)
 
 
 def write_results(items: Items, log: AnnotationLog, output: Path, failures: Path, teacher: str) -> Summary:

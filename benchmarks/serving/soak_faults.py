@@ -1,0 +1,110 @@
+"""What the soak does to a running server: processes killed, its folder removed, descriptors and memory taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+# A server notices some of this only when it next wants what is gone.
+FAULT_SECONDS = 2.0
+
+
+def decoder_of(pid: int) -> psutil.Process:
+    """The decoding server below a process: it has children of the same command line."""
+    found = [p for p in psutil.Process(pid).children(recursive=True) if "decode_server" in " ".join(p.cmdline())]
+    return next(p for p in found if p.parent() not in found)
+
+
+def kill_decoder(pid: int) -> None:
+    """A new one starts with the next video."""
+    decoder_of(pid).kill()
+
+
+def kill_decoding_children(pid: int) -> None:
+    """Those that wait for a video, and those that have one."""
+    for child in decoder_of(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def remove_folder(pid: int) -> None:
+    """The server's folder for everything temporary."""
+    shutil.rmtree(Path(decoder_of(pid).environ()["TMPDIR"]), ignore_errors=True)
+
+
+def few_descriptors(pid: int) -> None:
+    """Eight more than the API process has."""
+    api = decoder_of(pid).parent()
+    assert api is not None
+    most = max(int(path.name) for path in Path(f"/proc/{api.pid}/fd").iterdir())
+    with limited(api, resource.RLIMIT_NOFILE, most + 9):
+        time.sleep(FAULT_SECONDS)
+
+
+def little_memory(pid: int) -> None:
+    """For what decodes: 16 MiB more than it has."""
+    decoder = decoder_of(pid)
+    with limited(decoder, resource.RLIMIT_AS, decoder.memory_info().vms + (16 << 20)):
+        kill_decoding_children(pid)  # they were forked without the limit
+        time.sleep(FAULT_SECONDS)
+    kill_decoding_children(pid)
+
+
+@contextlib.contextmanager
+def limited(process: psutil.Process, limit: int, value: int) -> Iterator[None]:
+    """Lower a process's soft limit for a while."""
+    before = process.rlimit(limit)
+    process.rlimit(limit, (value, before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.rlimit(limit, before)
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "decoding server killed": kill_decoder,
+    "decoding children killed": kill_decoding_children,
+    "file descriptors limited": few_descriptors,
+    "memory of decoding limited": little_memory,
+    "temporary folder removed": remove_folder,
+}
+
+
+class Faults:
+    """Brings them about in turn, in a thread of its own, while a ``with`` body runs.
+
+    Attributes:
+        counts: how often each was done.
+    """
+
+    def __init__(self, pid: int, every: float) -> None:
+        self.counts = Counter[str]()
+        self._pid, self._every, self._end = pid, every, threading.Event()
+
+    def __enter__(self) -> Faults:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        while True:
+            for name, bring_about in FAULTS.items():
+                if self._end.wait(self._every):
+                    return
+                # Between two decoding servers there is none to find.
+                with contextlib.suppress(psutil.NoSuchProcess, StopIteration, FileNotFoundError):
+                    bring_about(self._pid)
+                    self.counts[name] += 1
