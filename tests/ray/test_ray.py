@@ -1,15 +1,203 @@
-"""Engines under Ray give the tokens of one process; what is served, counted and lost there."""
+"""Engines under Ray give what one process gives; what is served, counted and lost there.
+
+Ordered: each test goes on with what the one before it has started.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
 import pytest
 
+pytest.importorskip("vllm")
+from benchmarks.serving.process import free_port, stop, wait_ready
+from score_vllm.demo import demo_clip
+from tests.conftest import write_clip
+from tests.video_writing import numbered
+
+from .conftest import BIN, ROOT, Cluster
+
 pytestmark = pytest.mark.ray
+TOKENS = 24
+QUESTIONS = ("What happens?", "How many things are there?")
+OTHER_RATIO = 0.5
 
 
-def test_x(cluster):
-    import pathlib
-    import time
+@dataclass
+class Rows:
+    """A data set of good and broken videos, and what one process without Ray answers about it."""
 
-    pathlib.Path("/tmp/sc/env.json").write_text(__import__("json").dumps(cluster.env))
-    time.sleep(100000)
+    data: Path
+    folder: Path
+    captions: list[dict[str, Any]]
+    failures: list[dict[str, Any]]
+
+
+def run(cluster: Cluster, *command: str, ray: bool = True) -> subprocess.CompletedProcess[str]:
+    """A program of ours in the cluster's environment; without Ray it is vLLM's own CPU platform."""
+    env = cluster.env if ray else {k: v for k, v in cluster.env.items() if not k.startswith("RAY_")}
+    env = env if ray else {**env, "VLLM_PLUGINS": "score"}
+    return subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def annotate(cluster: Cluster, data: Path, output: Path, *more: str, ray: bool = True) -> tuple[list[Any], list[Any]]:
+    """Captions and failures."""
+    command = ["-m", "score_vllm.train.annotate", "--kind", "jsonl", "--data", str(data), "-o", str(output)]
+    command += ["--model", "demo", "--max-tokens", str(TOKENS), "--retention-ratio", "0.1", "--allow", "cut_off"]
+    done = run(cluster, *command, *more, ray=ray)
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "2 failed" in done.stdout
+    both = (output, output.with_suffix(".failures.jsonl"))
+    captions, failures = ([json.loads(line) for line in path.read_text().splitlines()] for path in both)
+    return captions, failures
+
+
+@pytest.fixture(scope="module")
+def rows(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("rows")
+    clips = folder / "clips"
+    clips.mkdir()
+    shutil.copy(demo_clip(), clips / "a.mp4")
+    for name, first in (("b", 0), ("c", 100)):
+        write_clip(clips / f"{name}.mp4", np.stack([numbered(first + i) for i in range(24)]))
+    (clips / "d_broken.mp4").write_bytes(demo_clip().read_bytes()[:3000])
+    data = folder / "data.jsonl"
+    asked = [{"video": str(path), "prompt": q} for path in sorted(clips.iterdir())[:3] for q in QUESTIONS]
+    asked += [{"video": str(clips / name), "prompt": QUESTIONS[0]} for name in ("d_broken.mp4", "e_missing.mp4")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return Rows(data, folder, *annotate(cluster, data, folder / "one.jsonl", "--backend", "engine", ray=False))
+
+
+def test_two_actors_annotate_as_one_process(cluster: Cluster, rows: Rows) -> None:
+    assert len(rows.captions) == 6
+    assert rows.captions[0]["caption"].startswith("A cyan star stays at the top right.")
+    more = ("--backend", "ray", "--actors", "2", "--batch", "2", "--partition", "2")
+    assert annotate(cluster, rows.data, rows.folder / "two.jsonl", *more) == (rows.captions, rows.failures)
+
+
+def test_a_folder_is_captioned_by_two_actors_and_goes_on_where_it_ended(cluster: Cluster, rows: Rows) -> None:
+    output = rows.folder / "captions"
+    command = ["examples/caption_folder.py", str(rows.folder / "clips"), "-o", str(output), "--prompt", QUESTIONS[0]]
+    command += ["--actors", "2", "--partition", "1", "--max-tokens", str(TOKENS)]
+    done = run(cluster, *command)
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "4 videos, 4 of 4 partitions to do" in done.stdout
+    assert "3 captioned, 1 failed" in done.stdout
+    assert f"failed: {rows.folder / 'clips' / 'd_broken.mp4'}: the file is damaged" in done.stdout
+    assert "video/s" in done.stderr, "rate and time left are shown"
+    written = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    captions = [json.loads(path.read_text()) for path in sorted(output.iterdir())]
+    one = [row["caption"] for row in rows.captions if row["prompt"] == QUESTIONS[0]]
+    assert [row["caption"].strip() for row in captions if "caption" in row] == one
+    assert len(written) == 4
+    # Nothing to do: no engine starts.
+    again = run(cluster, *command)
+    assert "0 of 4 partitions to do" in again.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == written
+
+
+@dataclass
+class Server:
+    """A score-serve whose engines are Ray's."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def chat(self, tokens: int, video: Path | None = None, **fields: Any) -> httpx.Response:
+        content: list[dict[str, Any]] = [{"type": "text", "text": QUESTIONS[0]}]
+        if video is not None:
+            content.insert(0, {"type": "video_url", "video_url": {"url": video.as_uri()}})
+        body = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": tokens, **fields}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=300)
+
+    def metrics(self) -> list[str]:
+        return httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+
+    def running(self) -> list[float]:
+        """Requests in work, per engine."""
+        lines = [line for line in self.metrics() if line.startswith("vllm:num_requests_running")]
+        return [float(line.rsplit(" ", 1)[1]) for line in sorted(lines)]
+
+
+@pytest.fixture(scope="module")
+def servers(cluster: Cluster, rows: Rows) -> Iterator[dict[str, Server]]:
+    """Two engines behind one server, and one behind another; the start of one overlaps that of the other."""
+    options = {
+        "two": ["--data-parallel-size", "2", "--data-parallel-backend", "ray", "--api-server-count", "1"],
+        "one": ["--distributed-executor-backend", "ray"],
+    }
+    started = {}
+    with ExitStack() as stack:
+        for name, more in options.items():
+            port = free_port()
+            command = [str(BIN / "score-serve"), "--model", "demo", "--host", "127.0.0.1", "--port", str(port), *more]
+            log = rows.folder / f"{name}.log"
+            sink = stack.enter_context(log.open("wb"))
+            command += ["--allowed-local-media-path", str(rows.folder)]
+            process = subprocess.Popen(command, env=cluster.env, stdout=sink, stderr=subprocess.STDOUT)
+            stack.callback(stop, process)
+            started[name] = Server(f"http://127.0.0.1:{port}", process, log)
+        for server in started.values():
+            wait_ready(server.url, server.process, server.log, 500)
+        yield started
+
+
+@pytest.mark.parametrize("name", ["two", "one"])
+def test_servers_answer_as_one_process(name: str, cluster: Cluster, rows: Rows, servers: dict[str, Server]) -> None:
+    url = f"{servers[name].url}/v1"
+    captions, _ = annotate(cluster, rows.data, rows.folder / f"{name}.jsonl", "--base-url", url, "--send", "file")
+    assert captions == rows.captions
+
+
+def test_ratio_per_request_and_metrics_per_engine(rows: Rows, servers: dict[str, Server]) -> None:
+    server, clip = servers["two"], rows.folder / "clips" / "a.mp4"
+    answers = [server.chat(4, clip, retention_ratio=ratio).json() for ratio in (0.1, OTHER_RATIO) * 2]
+    kept = [answer["score"]["videos"][0]["retained_tokens"] for answer in answers]
+    assert kept == [102, 512, 102, 512]
+    lines = server.metrics()
+    for engine in ("0", "1"):
+        done = [line for line in lines if line.startswith(f'vllm:request_success_total{{engine="{engine}"')]
+        assert sum(float(line.rsplit(" ", 1)[1]) for line in done) > 0, "both engines have answered"
+    ours = {line.split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("score_")}
+    assert ours["score_videos_total"] >= 10
+    assert ours["score_compressor_seconds_count"] > 0, "the workers under Ray write where the page reads"
+
+
+def test_a_dead_engine_takes_its_own_server_down_and_no_other(
+    cluster: Cluster, rows: Rows, servers: dict[str, Server]
+) -> None:
+    """vLLM ends a server with the first of its engines; requests of other servers go on."""
+    with ThreadPoolExecutor(8) as pool:
+
+        def ask(server: Server, count: int) -> list[Any]:
+            return [pool.submit(server.chat, 1500, ignore_eos=True) for _ in range(count)]
+
+        doomed, others = ask(servers["two"], 4), ask(servers["one"], 2)
+        while servers["two"].running() != [2.0, 2.0] or servers["one"].running() != [2.0]:
+            assert not any(request.done() for request in (*doomed, *others))
+            time.sleep(0.1)
+        cluster.actors("ray::EngineCoreActor")[0].kill()
+        assert [request.result().status_code for request in others] == [200, 200]
+        assert [request.result().status_code for request in doomed] == [500] * 4
+    assert servers["two"].process.wait(60) > 0
+
+
+def test_what_is_left_is_free_for_the_next_start(cluster: Cluster, servers: dict[str, Server]) -> None:
+    stop(servers["one"].process)
+    assert servers["one"].process.returncode == 0
+    left = cluster.actors("ray::EngineCoreActor") + cluster.actors("ray::RayWorkerProc")
+    assert not psutil.wait_procs(left, 60)[1]

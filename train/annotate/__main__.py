@@ -272,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m score_vllm.train.annotate``."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="annotate: %(levelname)s: %(message)s")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from score_vllm.catalog import UsageError
     from score_vllm.train.annotate.log import LogError
     from score_vllm.train.annotate.teacher import TeacherError
