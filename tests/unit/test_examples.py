@@ -1,0 +1,34 @@
+"""Examples that need a cluster, against programs that only say how they were called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_slurm_script_starts_the_recipe_on_every_node(tmp_path: Path) -> None:
+    script = tmp_path / "train.slurm"
+    shutil.copy(ROOT / "examples" / "train.slurm", script)
+    for name, line in {
+        "bin/scontrol": "printf 'node7\\nnode8\\n'",
+        "bin/srun": 'echo srun "$@"',
+        ".venv/bin/python": 'echo python "$@"',
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{line}\n")
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "11", "SLURM_GPUS_ON_NODE": "4"}
+    env = {**os.environ, **slurm, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(script), "my.toml"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check, train = done.stdout.splitlines()
+    assert check == "python -m score_vllm.train --config my.toml --check"
+    assert train == (
+        "srun .venv/bin/torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 11 --rdzv_backend c10d "
+        "--rdzv_endpoint node7:29500 -m score_vllm.train --config my.toml --resume"
+    )
