@@ -25,6 +25,7 @@ import pytest
 pytest.importorskip("vllm")
 from benchmarks.serving.process import free_port, stop, wait_ready
 from score_vllm.demo import demo_clip
+from score_vllm.train.annotate.filters import REASONS
 from tests.conftest import write_clip
 from tests.video_writing import numbered
 
@@ -56,7 +57,16 @@ def run(cluster: Cluster, *command: str, ray: bool = True) -> subprocess.Complet
 def annotate(cluster: Cluster, data: Path, output: Path, *more: str, ray: bool = True) -> tuple[list[Any], list[Any]]:
     """Captions and failures."""
     command = ["-m", "score_vllm.train.annotate", "--kind", "jsonl", "--data", str(data), "-o", str(output)]
-    command += ["--model", "demo", "--max-tokens", str(TOKENS), "--retention-ratio", "0.1", "--allow", "cut_off"]
+    command += [
+        "--model",
+        "demo",
+        "--max-tokens",
+        str(TOKENS),
+        "--retention-ratio",
+        "0.1",
+        "--allow",
+        ",".join(REASONS),
+    ]
     done = run(cluster, *command, *more, ray=ray)
     assert done.returncode == 1, done.stderr[-4000:]
     assert "2 failed" in done.stdout
