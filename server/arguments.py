@@ -16,6 +16,7 @@ from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_
 PROG = "score-serve"
 USAGE = "score-serve --model MODEL [--retention RATIO] [SCORE options] [options of vLLM's server]"
 DESCRIPTION = "vLLM's OpenAI-compatible server; videos reach the language model with a fraction of their tokens."
+LOG_FORMATS = ("text", "json", "none")
 MODEL_HELP = "a hub id, a directory, 'demo', or a short name: " + ", ".join(SHORT_NAMES)
 
 
@@ -92,6 +93,12 @@ def add_options(parser: Any) -> None:
         choices=sorted(LOADERS),
         default="pyav",
         help="who decodes videos; 'vllm' leaves the choice to vLLM and its media-io-kwargs (default: %(default)s)",
+    )
+    group.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="text",
+        help="the log's line per request: text, JSON (vLLM's own lines then too), or none (default: %(default)s)",
     )
 
 

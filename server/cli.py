@@ -52,6 +52,10 @@ def banner(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Console entry point."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["doctor"]:
+        from score_vllm.server import doctor
+
+        sys.exit(doctor.main(argv[1:]))
     check_early(argv)
     folder = _become_supervised()
     os.environ[STATS_VARIABLE] = str(folder)

@@ -32,7 +32,7 @@ from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER, model_resize
 from score_vllm.models.worker import WORKER_EXTENSION
-from score_vllm.server import metrics, sampling
+from score_vllm.server import metrics, request_log, sampling
 from score_vllm.server.content import OWN_FIELDS
 from score_vllm.server.context import RequestContext, ServerState, enter
 from score_vllm.server.other_routes import CHAT_PATH, TOKENIZE_PATH, RefuseElsewhere
@@ -113,11 +113,13 @@ async def media_error_response(request: Request, error: MediaError) -> JSONRespo
 async def _stream_with_score(
     events: AsyncIterable[Any], serving: ServingConfig, context: RequestContext
 ) -> AsyncIterator[Any]:
-    """Pass server-sent events on; the last chunk before ``[DONE]`` carries the report.
+    """Pass server-sent events on; the first chunk and the last before ``[DONE]`` carry the report.
 
-    Only what may be that chunk waits for its successor: one that ends a choice, or the usage chunk. No token is late.
+    The first: OpenAI's own ``.stream()`` makes its final completion of that chunk's extra fields, and of no other's.
+    Only what may be the last waits for its successor: one that ends a choice, or the usage chunk. No token is late.
     """
     held: Any = None
+    begun = False
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
         if text.startswith("data: [DONE]") and held is not None:
@@ -126,6 +128,8 @@ async def _stream_with_score(
         elif held is not None and text.startswith("data: "):
             yield held
             held = None
+        if not begun and text.startswith("data: {"):
+            event, begun = _with_score(event, context.score(serving)), True
         # Inside a token's text the quotes of this mark would be escaped.
         if text.startswith("data: {") and '"finish_reason":null' not in text:
             held = event
@@ -221,6 +225,7 @@ class ScoreEndpointPlugin:
         ours = {CHAT_PATH, TOKENIZE_PATH}
         paths = frozenset(route.path for route in routes if "POST" in route.methods) - ours
         app.add_middleware(RefuseElsewhere, paths=paths)
+        app.add_middleware(request_log.RequestLog, always=frozenset({CHAT_PATH}))
         metrics.attach_page(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Any) -> None:
@@ -235,6 +240,8 @@ class ScoreEndpointPlugin:
             return
         await _verify(engine_client, serving)
         sampling.guard_inputs(engine_client)
+        request_log.watch_engine(engine_client)
+        request_log.configure(getattr(args, "log_format", "text"))
         sandbox.configure(max_bytes_in_flight=DECODING_BYTES)
         sandbox.start()
         hook_renderer(engine_client.renderer)

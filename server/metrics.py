@@ -18,6 +18,7 @@ from score_vllm.models.processing import VideoReport
 from score_vllm.models.timing import BUCKETS, read_stats
 
 SECONDS = ("score_compressor_seconds", "Seconds of selection per encoded video.")
+TOWER_SECONDS = ("score_tower_seconds", "Seconds of the vision tower per encoded video.")
 NAN_VIDEOS = ("score_nan_videos", "Videos whose scores were NaN: broken vision features, and a broken answer.")
 ENCODED_CELLS = ("score_encoded_cells", "Temporal cells that the vision tower encoded.")
 REUSED_CELLS = ("score_reused_cells", "Temporal cells of encoded videos whose tower output was in the cell cache.")
@@ -54,15 +55,17 @@ class CompressorCollector(Collector):
     def describe(self) -> Sequence[Metric]:
         """Names only: registering must not read files."""
         counters = [CounterMetricFamily(*name) for name in (NAN_VIDEOS, ENCODED_CELLS, REUSED_CELLS)]
-        return [HistogramMetricFamily(*SECONDS), *counters, GaugeMetricFamily(*CACHE_BYTES)]
+        histograms = [HistogramMetricFamily(*name) for name in (SECONDS, TOWER_SECONDS)]
+        return [*histograms, *counters, GaugeMetricFamily(*CACHE_BYTES)]
 
     def collect(self) -> Iterable[Metric]:
         """Sums over all workers."""
         totals = read_stats(self._directory)
         bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
-        histogram = HistogramMetricFamily(*SECONDS)
-        histogram.add_metric([], list(zip(bounds, accumulate(totals.counts), strict=True)), totals.seconds)
-        yield histogram
+        for name, measured in ((SECONDS, totals.compressor), (TOWER_SECONDS, totals.tower)):
+            histogram = HistogramMetricFamily(*name)
+            histogram.add_metric([], list(zip(bounds, accumulate(measured.counts), strict=True)), measured.seconds)
+            yield histogram
         yield CounterMetricFamily(*NAN_VIDEOS, value=totals.nan_videos)
         yield CounterMetricFamily(*ENCODED_CELLS, value=totals.encoded_cells)
         yield CounterMetricFamily(*REUSED_CELLS, value=totals.reused_cells)

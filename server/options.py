@@ -103,6 +103,11 @@ def check_plugins() -> None:
             found[0].load()
         except Exception as error:
             raise UsageError(f"the plug-in {found[0].value} does not import: {error!r}") from error
+    allow_plugin()
+
+
+def allow_plugin() -> None:
+    """Put ``score`` among ``VLLM_PLUGINS``, which every process of the server inherits."""
     chosen = os.environ.get("VLLM_PLUGINS")
     if chosen is None:
         names = {point.name for group in DEFAULT_ON_GROUPS for point in entry_points(group=group)}
@@ -189,6 +194,14 @@ def apply_scheduler_options(args: argparse.Namespace) -> None:
         args.ec_manager_config = EncoderCacheManagerConfig(encoder_cache_manager_cls=plugin.ENCODER_CACHE_MANAGER)
 
 
+def apply_logging(args: argparse.Namespace) -> None:
+    """``--log-format json`` is for every line; what the operator says of vLLM's own stays."""
+    if args.log_format == "json" and getattr(args, "logging_config", None) is None:
+        from vllm.config.logging import LoggingConfig
+
+        args.logging_config = LoggingConfig(formatter="json")
+
+
 def apply_demo_defaults(args: argparse.Namespace, model: ResolvedModel) -> None:
     """The demo starts in seconds on a small machine, and may read its own sample clip."""
     assert model.demo_clip is not None
@@ -258,5 +271,6 @@ def configure(args: argparse.Namespace) -> str | None:
     args.hf_overrides = {**(args.hf_overrides or {}), **serving.to_overrides()}
     args.worker_extension_cls = WORKER_EXTENSION
     apply_scheduler_options(args)
+    apply_logging(args)
     args.score_clip = model.demo_clip
     return warning

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from score_vllm.models.processing import METHOD_KEY, OPTIONS_KEY, RATIO_KEY, REPORT_KEY
-from score_vllm.server import context, metrics
+from score_vllm.server import context, metrics, request_log
 
 
 def hook_renderer(renderer: Any) -> None:
@@ -27,6 +27,8 @@ def hook_renderer(renderer: Any) -> None:
         request = context.current.get()
         if request is not None:
             request.reports.extend(reports)
+        if (record := request_log.current.get()) is not None:
+            record.reports.extend(reports)
         if context.counts.get():
             metrics.count_videos(reports)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
+from collections import Counter
+from datetime import UTC, datetime
 from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from score_vllm import methods
+from score_vllm.plugin import installed_version
 
 # Methods that Qwen2.5-VL can serve: CaCoVID exists for LLaVA-OneVision alone.
 SERVED = [name for name in methods.names() if name != "cacovid"]
@@ -72,6 +77,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return vllm_rank(path.as_posix()), TIERS.index(tier) if tier in TIERS else len(TIERS)
 
     items.sort(key=order)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Leave what ran, on which versions, for scripts/compatibility.py; of runs that touched every tier only."""
+    from score_vllm.compatibility import TIERS as RECORDED
+
+    stats = terminalreporter.stats
+
+    def by_tier(*outcomes: str) -> dict[str, int]:
+        reports = [report for outcome in outcomes for report in stats.get(outcome, ()) if hasattr(report, "nodeid")]
+        tiers = Counter(report.nodeid.split("/")[1] for report in reports if report.nodeid.startswith("tests/"))
+        return {tier: tiers[tier] for tier in RECORDED if tiers[tier]}
+
+    passed = by_tier("passed")
+    if len(passed) < len(RECORDED):
+        return
+    import platform
+
+    from vllm.platforms import current_platform
+
+    versions = {name: metadata.version(name) for name in ("transformers", "torch")}
+    run = {
+        "vllm": installed_version(),
+        **versions,
+        "python": platform.python_version(),
+        "platform": "cpu" if current_platform.is_cpu() else "cuda",
+        "date": datetime.now(UTC).date().isoformat(),
+        "passed": passed,
+        "failed": by_tier("failed", "error"),
+        "skipped": by_tier("skipped"),
+    }
+    folder = config.cache.mkdir("score")  # type: ignore[union-attr]
+    (folder / "last_run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -336,8 +336,9 @@ class CompressionModelMixin:
         assert self.compressor is not None
         methods_of = self.compressor.serving.methods
         outputs = []
+        timed = self.compressor.stats.encoding(encoded, fields[TICKET_KEY], self._position_offsets.device)
         for (x, saliency), packed, kept, index in zip(
-            encoded, fields[LAYOUT_KEY], fields[NUM_RETAINED_KEY], fields[METHOD_INDEX_KEY], strict=True
+            timed, fields[LAYOUT_KEY], fields[NUM_RETAINED_KEY], fields[METHOD_INDEX_KEY], strict=True
         ):
             layout, method = VideoLayout.from_tensor(packed), methods_of[int(index)]
             outputs.append(self.compressor.compress(x, layout, int(kept), method, saliency, self.learned_row))

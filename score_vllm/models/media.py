@@ -7,6 +7,8 @@ score-serve chooses it with ``VLLM_MEDIA_CONNECTOR=score``; without that nothing
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
@@ -30,7 +32,7 @@ from score_vllm.models.jpeg_sequence import load_jpeg_sequence
 from score_vllm.models.media_error import media_error
 from score_vllm.models.media_url import decode_base64, looks_like_video, split_data_url
 from score_vllm.models.video_loaders import ScoreVideoLoader
-from score_vllm.models.video_options import VideoOptions, pending_options
+from score_vllm.models.video_options import VideoOptions, decode_seconds, pending_options
 from score_vllm.video import DecodeLimits, DecoderBusyError, VideoError
 
 _downloads = Downloads()
@@ -68,11 +70,24 @@ class _VideoIO(_Leasing, VideoMediaIO):
         self._options = options
         self._end = time.monotonic() + seconds
         self._ours = isinstance(self.video_loader, ScoreVideoLoader)
+        # Decoding runs in a thread, where the request's variables are not known.
+        self._decode_seconds = decode_seconds.get()
 
     def get_max_bytes(self) -> int | None:
         return self.kwargs.get("max_bytes")
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        if self._decode_seconds is not None:
+            self._decode_seconds.append(time.monotonic() - begun)
+
     def load_bytes(self, data: bytes) -> Any:
+        with self._timed():
+            return self._load_bytes(data)
+
+    def _load_bytes(self, data: bytes) -> Any:
         if not self._ours:
             return super().load_bytes(data)
         rest = self._end - time.monotonic()
@@ -86,7 +101,8 @@ class _VideoIO(_Leasing, VideoMediaIO):
             return self.load_bytes(decode_base64(data))
         if not self._ours:
             return super().load_base64(media_type, data)
-        video = load_jpeg_sequence(data, num_frames=self.num_frames, options=self._options, **self.kwargs)
+        with self._timed():
+            video = load_jpeg_sequence(data, num_frames=self.num_frames, options=self._options, **self.kwargs)
         return MediaWithBytes(video, data.encode())
 
     def load_file(self, filepath: Path) -> Any:

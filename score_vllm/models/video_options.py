@@ -32,6 +32,8 @@ class VideoOptions:
 
 # The options of the videos that the request in progress still has to fetch, in the order of the fetches.
 pending_options: ContextVar[Iterator[VideoOptions] | None] = ContextVar("score_pending_options", default=None)
+# Where the request in progress collects the seconds of each of its videos' decoding, the wait for a decoder included.
+decode_seconds: ContextVar[list[float] | None] = ContextVar("score_decode_seconds", default=None)
 
 
 class SampledMetadata(dict[str, Any]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ def family_server(
     command = [str(SCORE_SERVE), "--model", str(model), "--served-model-name", "tiny", "--policy"]
     command += [str(folder / "policy"), "--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
     command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "4096"]
+    command += ["--log-format", "json"]
     with running_process(command, url, folder / "server.log", environment(cache)) as process:
         yield request.param, Server(url, folder / "server.log", process, folder)
 
@@ -49,7 +52,7 @@ def test_counts_and_answers(family_server: tuple[str, Server], clips: dict[str, 
     data = base64.b64encode(clips["plain"].read_bytes()).decode()
     video = {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
     messages: Any = [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}]
-    text_tokens, structure = set(), set()
+    text_tokens, structure, answers = set(), set(), []
     for ratio in (1.0, 0.4, 0.1, 0.02):
         answer = server.client().chat.completions.create(
             model="tiny", messages=messages, max_tokens=4, temperature=0, extra_body={"retention_ratio": ratio}
@@ -62,7 +65,29 @@ def test_counts_and_answers(family_server: tuple[str, Server], clips: dict[str, 
         structure.add(report["structure_tokens"])
         text_tokens.add(answer.usage.prompt_tokens - report["retained_tokens"] - report["structure_tokens"])
         assert answer.choices[0].message.content is not None
+        answers.append(answer)
     assert len(text_tokens) == 1, "only the video's tokens may differ between ratios"
     (count,) = structure
     # Bytes are tokens here: "<0.2 seconds>" is 13 of them, and a marker stands on each side of a cell.
     assert count == (EXPECTED[name][1] or 6 * (len("<0.2 seconds>") + 2))
+    check_log(server, answers)
+
+
+def check_log(server: Server, answers: list[Any]) -> None:
+    """``--log-format json``: every line of the log that begins like JSON is JSON, and ours say what the answers do."""
+    end = time.monotonic() + 30
+    while server.text().count('"request_id"') < len(answers):
+        assert time.monotonic() < end, "a request has no line"
+        time.sleep(0.05)
+    lines = [json.loads(line) for line in server.text().splitlines() if line.startswith("{")]
+    assert {line["name"].split(".")[0] for line in lines} >= {"score_vllm", "vllm"}
+    ours = {line["request_id"]: line for line in lines if line["name"] == "score_vllm.requests"}
+    assert set(ours) == {answer.id for answer in answers}
+    for answer in answers:
+        (video,) = answer.score["videos"]
+        line = ours[answer.id]
+        assert (line["levelname"], line["message"], line["status"], line["videos"]) == ("INFO", "request", 200, 1)
+        assert line["ratio"] == video["retention_ratio"]
+        for name in ("original_tokens", "retained_tokens", "structure_tokens"):
+            assert line[name] == video[name]
+        assert 0 < line["compressor_ms"] + line["tower_ms"] <= line["prefill_ms"] <= line["total_ms"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
@@ -18,7 +21,7 @@ from score_vllm.config import FIRST_ARCHITECTURE, ServingConfig
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
 from score_vllm.models.cell_records import EncodedCellsReader, EncodedCellsWriter, draw_ticket
-from score_vllm.models.timing import BUCKETS, CompressorStats, Totals, read_stats
+from score_vllm.models.timing import BUCKETS, RING, CompressorStats, Totals, _Video, read_stats, read_videos
 from score_vllm.server import endpoints
 from score_vllm.server.context import RequestContext
 from score_vllm.server.metrics import CompressorCollector
@@ -114,25 +117,60 @@ def test_loader_options_are_checked(clips: dict[str, Path]) -> None:
 
 
 def test_timings_of_all_workers_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    since = time.monotonic()
     for pid, seconds in ((1, (0.0001, 0.003)), (2, (100.0,))):
         monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
         stats = CompressorStats(str(tmp_path))
-        stats._record(55.0, has_nan=True)
+        broken = torch.tensor(True)
+        stats._record(_Video(selection=(0.0, 55.0), has_nan=broken))
         stats.reset()
-        for value in seconds:
-            stats._record(value, has_nan=pid == 1)
+        for key, value in enumerate(seconds, start=10 * pid):
+            video = _Video(key, (1.0, 1.5), (2.0, 2.0 + value), broken if pid == 1 else None)
+            stats._record(video)
         stats.count_cells(encoded=pid, reused=10, cache_bytes=1000)
     totals = read_stats(tmp_path)
-    counts = totals.counts
+    (counts, total), tower = totals.compressor, totals.tower
     assert len(counts) == len(BUCKETS) + 1
     assert counts[0] == 1
     assert counts[BUCKETS.index(0.005)] == 1
     assert counts[-1] == 1
     assert sum(counts) == 3
-    assert totals.seconds == pytest.approx(100.0031)
+    assert total == pytest.approx(100.0031)
     assert totals.nan_videos == 2
     assert (totals.encoded_cells, totals.reused_cells, totals.cache_bytes) == (3, 20, 2000)
-    assert read_stats(tmp_path / "nowhere") == Totals([0] * len(counts), 0.0, 0, 0, 0, 0)
+    assert (tower.counts[BUCKETS.index(0.5)], sum(tower.counts), tower.seconds) == (3, 3, 1.5)
+    empty = ([0] * len(counts), 0.0)
+    assert read_stats(tmp_path / "nowhere") == Totals(empty, empty, 0, 0, 0, 0)
+    assert read_videos(tmp_path, [11, 20, 99], since) == {11: (0.5, pytest.approx(0.003)), 20: (0.5, 100.0)}
+    assert read_videos(tmp_path, [11], time.monotonic()) == {}
+    assert read_videos(tmp_path, [], since) == {}
+
+
+def test_the_tower_is_timed_video_by_video(tmp_path: Path) -> None:
+    stats, device, since = CompressorStats(str(tmp_path)), torch.device("cpu"), time.monotonic()
+
+    def tower() -> Iterator[float]:
+        for seconds in (0.01, 0.02):
+            time.sleep(seconds)
+            yield seconds
+
+    for _ in stats.encoding(tower(), torch.tensor([2**53 - 1, 8]), device):
+        with stats.measure(device):
+            pass
+    with stats.measure(device):
+        pass
+    found = read_videos(tmp_path, [2**53 - 1, 8], since)
+    assert found[2**53 - 1][0] >= 0.01
+    assert found[8][0] >= 0.02
+    read = read_stats(tmp_path)
+    assert (sum(read.compressor.counts), sum(read.tower.counts)) == (3, 2), "embeddings and the like have no tower"
+
+
+def test_the_ring_of_videos_goes_round(tmp_path: Path) -> None:
+    stats = CompressorStats(str(tmp_path))
+    for key in range(1, RING + 3):
+        stats._record(_Video(key, (0.0, 1.0), (1.0, 2.0)))
+    assert set(read_videos(tmp_path, range(1, RING + 3), 0.0)) == set(range(3, RING + 3))
 
 
 def test_cells_and_the_cache_are_on_the_metrics_page(tmp_path: Path) -> None:
@@ -170,8 +208,6 @@ def test_each_video_hears_once_what_was_encoded_for_it(tmp_path: Path, monkeypat
 def test_nan_videos_are_counted_logged_and_on_the_metrics_page(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import torch
-
     stats = CompressorStats(str(tmp_path))
     for has_nan in (False, True, True):
         with stats.measure(torch.device("cpu")) as video:

@@ -53,6 +53,13 @@ def test_videos_are_charged_by_what_is_encoded_unless_the_operator_says_otherwis
     assert args.ec_manager_config.get_encoder_cache_manager_obj().__name__ == "EncoderCacheManager"
 
 
+def test_json_logs_are_vllms_too_unless_the_operator_says_otherwise(parser: Any) -> None:
+    assert getattr(configure(parser, "--model", "demo")[0], "logging_config", None) is None
+    assert configure(parser, "--model", "demo", "--log-format", "json")[0].logging_config.formatter == "json"
+    own = ["--logging-config.formatter", "text"]
+    assert configure(parser, "--model", "demo", "--log-format", "json", *own)[0].logging_config.formatter == "text"
+
+
 def test_defaults_are_the_documented_ones(parser: Any) -> None:
     args, _ = configure(parser, "--model", "demo")
     assert args.hf_overrides["score"]["retention_ratio"] == 0.1

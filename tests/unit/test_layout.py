@@ -15,10 +15,10 @@ MOUNTED = [name for name in ("kernels", "server", "train") if (ROOT / name).is_d
 
 # Lower layers first; a module may import from its own layer and from lower ones.
 ROOMS = [
-    {"architectures", "budget", "client", "types", "config", "layout", "near_miss", "video"},
+    {"architectures", "budget", "client", "compatibility", "types", "config", "layout", "near_miss", "video"},
     {"kernels"},
     {"policy", "positions"},
-    {"methods", "select", "demo", "vision", "catalog"},
+    {"methods", "select", "demo", "vision", "catalog", "plan", "plan_cli"},
     {"viz"},
     {"models"},
     {"convert_llava_video", "plugin", "server", "train", "integrations"},
