@@ -53,6 +53,7 @@ picture: setup
 # What the pages show of code and results, written anew: tables of models, accuracy, speed.
 tables: setup
 	@.venv/bin/python scripts/models_table.py
+	@.venv/bin/python scripts/compatibility.py
 	@.venv/bin/python -m benchmarks.report
 
 docs-serve: docs

@@ -127,7 +127,7 @@ class CompressorStats:
         """Pass on what the tower makes, one video at a time, and time it.
 
         Args:
-            items: of the videos, made when they are asked for.
+            items: of the videos. An iterator makes each when it is asked for; what is there already is not timed.
             tickets: of the same videos.
             device: of the tower.
         """
@@ -138,7 +138,7 @@ class CompressorStats:
                 item = next(made)
             except StopIteration:
                 return
-            self._encoded = _Video(int(ticket), (begun, _stamp(device)))
+            self._encoded = _Video(int(ticket), (begun, _stamp(device)) if made is items else None)
             yield item
 
     @contextmanager

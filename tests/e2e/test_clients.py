@@ -1,4 +1,4 @@
-"""The helpers of other people's clients still work, and the ``score`` object is found where each of them leaves room."""
+"""The helpers of others' clients still work, and the ``score`` object is found where each of them leaves room."""
 
 from __future__ import annotations
 
@@ -87,8 +87,6 @@ def test_litellm(server: Server, clips: dict[str, Path]) -> None:
         "messages": ask(data_url(clips["plain"])), "extra_body": RATIO, "num_retries": 0,
     }  # fmt: skip
     answer = litellm.completion(**options)
-    print(answer)
     check_counts(answer, 0.25)
     chunks = list(litellm.completion(**options, stream=True))
-    print(chunks[0], chunks[-1])
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content

@@ -129,7 +129,7 @@ def test_a_video_known_by_its_uuid(server: Server, fresh_clip: Path) -> None:
     refused(server, {"messages": named(None), "video_end": 1})
 
 
-def test_streams_say_it_in_their_last_chunk(server: Server, clips: dict[str, Path]) -> None:
+def test_streams_say_it_at_both_ends(server: Server, clips: dict[str, Path]) -> None:
     chunks = list(chat(server, ask(data_url(clips["plain"])), stream=True, video_start=1, video_end=2))
     assert read_of(chunks[-1])["window"] == [1, 2]
     assert all(not hasattr(chunk, "score") for chunk in chunks[1:-1])

@@ -131,13 +131,14 @@ def test_text_only_request(server: Server) -> None:
     assert answer.score["videos"] == []
 
 
-def test_streaming_carries_the_report_in_its_last_chunk(server: Server, clips: dict[str, Path]) -> None:
+def test_streaming_carries_the_report_in_its_first_and_last_chunk(server: Server, clips: dict[str, Path]) -> None:
     messages = ask(data_url(clips["plain"]))
     for options in ({}, {"stream_options": {"include_usage": True}}):
         chunks = list(
             chat(server, messages, retention_ratio=0.25, stream=True, max_tokens=6, ignore_eos=True, **options)
         )
         assert all(not hasattr(chunk, "score") for chunk in chunks[1:-1])
+        assert chunks[0].score == chunks[-1].score
         (video,) = chunks[-1].score["videos"]
         assert video["retained_tokens"] == num_retained_tokens(video["original_tokens"], 0.25)
         streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)

@@ -26,6 +26,7 @@ from score_vllm.models.admission import VideoLimit
 from score_vllm.models.processing import CELLS_KEY, NUM_RETAINED_KEY, REPORT_KEY, RequestFieldError
 from score_vllm.types import VideoGrid
 from score_vllm.vision.cell_cache import count_distinct
+from tests.integration.capacity import check_capacity
 from tests.integration.conftest import Engine, make_video
 
 PROMPT = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -120,6 +121,10 @@ def test_the_engine_reserves_that_number(engine: Engine) -> None:
     scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
     assert scheduler.encoder_cache_manager.cache_size == limit
     assert engine.llm.llm_engine.input_processor.mm_encoder_cache_size == limit
+
+
+def test_score_plan_says_what_the_engine_says(engine: Engine, tiny_model: Path) -> None:
+    check_capacity(engine.llm, tiny_model)
 
 
 def test_what_is_too_large_is_refused_with_tokens_limit_and_flags(tiny_model: Path) -> None:

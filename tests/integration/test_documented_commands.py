@@ -37,7 +37,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def program(words: list[str]) -> tuple[str, ...] | None:
     """What names the program in a command, where it is one of ours."""
     name = words[0].rsplit("/", 1)[-1]
-    if name in ("score-serve", "score-viz"):
+    if name in ("score-serve", "score-viz", "score-plan"):
         return (name,)
     if name == "make":
         return ("make", words[1])
@@ -64,8 +64,9 @@ def options_of(name: tuple[str, ...]) -> str:
         with contextlib.redirect_stdout(out):
             if name[0] == "score-serve":
                 importlib.import_module("score_vllm.server.arguments").check_early(["--help=all"])
-            elif name[0] == "score-viz":
-                importlib.import_module("score_vllm.viz.cli").main(["--help"])
+            elif name[0] in ("score-viz", "score-plan"):
+                module = {"score-viz": "score_vllm.viz.cli", "score-plan": "score_vllm.plan_cli"}[name[0]]
+                importlib.import_module(module).main(["--help"])
             elif name[0] == "file":
                 sys.path.insert(0, str((ROOT / name[1]).parent))
                 runpy.run_path(str(ROOT / name[1]), run_name="__main__")

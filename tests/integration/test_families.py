@@ -24,12 +24,14 @@ from vllm import LLM, SamplingParams
 from vllm.config import EncoderCacheManagerConfig
 
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
+from score_vllm.catalog import UsageError
 from score_vllm.config import ServingConfig
 from score_vllm.methods.cacovid_weights import CacovidWeights
 from score_vllm.plugin import ENCODER_CACHE_MANAGER
 from score_vllm.vision.tower import VisionTower
 
 from . import conftest as tier  # noqa: F401  (the environment of in-process engines)
+from .capacity import check_capacity
 from .family_oracle import Oracle, random_video
 from .tiny_families import HIDDEN, build_llava, build_policy, build_qwen2_vl, build_qwen3
 from .warm_cells import check_warm_cells
@@ -256,6 +258,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
+
+
+def test_capacity(served: Served) -> None:
+    """score-plan says what the engine says."""
+    if served.name.startswith("qwen3_5"):
+        with pytest.raises(UsageError, match="linear attention"):
+            check_capacity(served.llm, served.directory)
+    else:
+        check_capacity(served.llm, served.directory)
 
 
 def engine_noise(served: Served) -> float:

@@ -9,6 +9,7 @@ Every fenced block of bash or Python stands below one comment:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -88,6 +89,39 @@ def test_the_table_of_models_is_the_registrys(capsys: pytest.CaptureFixture[str]
     assert script["main"](["--check"]) == 0, "run: make tables"
     assert script["grouped"](["a/b-3B-x", "a/b-7B-x", "c/d"]) == "`a/b-{3B,7B}-x`, `c/d`"
     assert all(f"`{entry.name}`" in script["table"]() for entry in SUPPORTED)
+
+
+def test_the_table_of_versions_is_the_records() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "compatibility.py"))
+    assert script["main"](["--check"]) == 0, "run: make tables"
+    assert "| not tested |" in script["table"]()
+
+
+def test_a_run_is_recorded_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "compatibility.py"))
+    names, record = script["main"].__globals__, tmp_path / "record.json"
+    run = {
+        "vllm": "0.32.0", "transformers": "5.19.0", "torch": "2.13.0", "python": "3.11.7", "platform": "cpu",
+        "date": "2026-01-01",
+        "passed": dict.fromkeys(script["TIERS"], 5), "failed": {}, "skipped": {"e2e": 2},
+    }  # fmt: skip
+    last = tmp_path / "last_run.json"
+    monkeypatch.setitem(names, "LAST_RUN", last)
+    monkeypatch.setitem(names, "RECORD", record)
+    old = [script["TestedRun"](**{**run, "python": "3.12.1"}), script["TestedRun"](**{**run, "date": "2025-01-01"})]
+    monkeypatch.setitem(names, "tested_runs", lambda: old)
+    with pytest.raises(SystemExit, match="run the tests first"):
+        script["record"]()
+    for wrong in ({"failed": {"unit": 1}}, {"passed": {"unit": 5}}):
+        last.write_text(json.dumps(run | wrong))
+        with pytest.raises(SystemExit, match="not complete"):
+            script["record"]()
+    last.write_text(json.dumps(run))
+    script["record"]()
+    assert [(one["python"], one["date"]) for one in json.loads(record.read_text())] == [
+        ("3.11.7", "2026-01-01"),
+        ("3.12.1", "2026-01-01"),
+    ]
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
