@@ -7,6 +7,7 @@ operator's own can use them.
 import asyncio
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -67,7 +68,7 @@ class RequestRecord:
             "retained_tokens": sum(report.retained_tokens for report in self.reports),
             "structure_tokens": sum(report.structure_tokens for report in self.reports),
             "decode_ms": _milliseconds(self.decoded),
-            "tower_ms": _milliseconds([tower for tower, _ in encoded.values()]),
+            "tower_ms": _milliseconds([tower for tower, _ in encoded.values() if not math.isnan(tower)]),
             "compressor_ms": _milliseconds([selection for _, selection in encoded.values()]),
             "queue_ms": _milliseconds([scheduled - queued] if queued and scheduled else []),
             "prefill_ms": _milliseconds([first - scheduled] if scheduled and first else []),

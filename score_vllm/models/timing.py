@@ -8,6 +8,7 @@ from which a request's log line takes the times of its own.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -167,7 +168,7 @@ class CompressorStats:
 
     def _record(self, video: _Video) -> None:
         selection = _seconds(*video.selection)
-        tower = 0.0 if video.tower is None else _seconds(*video.tower)
+        tower = math.nan if video.tower is None else _seconds(*video.tower)
         for start, seconds in ((_COMPRESSOR, selection), *([(_TOWER, tower)] if video.tower else [])):
             self._numbers[start + int(np.searchsorted(BUCKETS, seconds))] += 1
             self._numbers[start + _HISTOGRAM - 1] += seconds
@@ -229,7 +230,8 @@ def read_videos(directory: Path, tickets: Iterable[int], since: float) -> dict[i
         since: leave out what was finished before this ``time.monotonic()``.
 
     Returns:
-        By ticket; the latest where a video was encoded more than once. Absent: not encoded since then.
+        By ticket; the latest where a video was encoded more than once, NaN for a tower that was not timed. Absent: not
+        encoded since then.
     """
     wanted, found = {float(ticket): ticket for ticket in tickets}, {}
     for path in sorted(directory.glob("videos-*.f64")) if wanted else ():

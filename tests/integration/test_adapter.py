@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,18 @@ def test_the_tower_is_timed_video_by_video(tmp_path: Path) -> None:
     assert found[8][0] >= 0.02
     read = read_stats(tmp_path)
     assert (sum(read.compressor.counts), sum(read.tower.counts)) == (3, 2), "embeddings and the like have no tower"
+
+
+def test_a_tower_that_was_not_watched_has_no_time(tmp_path: Path) -> None:
+    """With graphs of the encoder, rows are there before selection begins."""
+    stats, device = CompressorStats(str(tmp_path)), torch.device("cpu")
+    for _ in stats.encoding([1.0], [7], device):
+        with stats.measure(device):
+            pass
+    tower, selection = read_videos(tmp_path, [7], 0.0)[7]
+    assert math.isnan(tower)
+    assert selection >= 0
+    assert sum(read_stats(tmp_path).tower.counts) == 0
 
 
 def test_the_ring_of_videos_goes_round(tmp_path: Path) -> None:
