@@ -62,6 +62,8 @@ def untested(vllm: str, transformers: str, python: str, platform: str | None = N
         platform: cpu or cuda; None leaves it out.
     """
     runs = [run for run in tested_runs() if run.complete]
+    if not runs:
+        return "no test run is recorded"
     asked = [("vLLM", vllm), ("transformers", transformers), ("Python", python)]
     wanted = tuple(minor(version) for _, version in asked)
     same = [run for run in runs if run.key[:3] == wanted]
@@ -69,6 +71,6 @@ def untested(vllm: str, transformers: str, python: str, platform: str | None = N
         return None
     if same:
         return f"the tests have run on {same[0].platform}, not on {platform}"
-    known = list(zip(*(run.key[:3] for run in runs), strict=True)) or [()] * 3
+    known = zip(*(run.key[:3] for run in runs), strict=True)
     new = [f"{name} {got}" for (name, got), seen in zip(asked, known, strict=True) if minor(got) not in seen]
     return f"no test run had {' and '.join(new) or 'these versions together'}"

@@ -175,10 +175,12 @@ def check_server(argv: list[str]) -> Iterator[Found]:
 
 def check_policy(directory: str, digest: str) -> Iterator[Found]:
     """Which one; that it fits the model has been checked with the options."""
+    from score_vllm.config import FIRST_ARCHITECTURE
     from score_vllm.policy import RetentionPolicy
 
     config = RetentionPolicy.from_pretrained(directory).config
-    text = f"{directory}, architecture {config.architecture or 'not named'}, hidden size {config.hidden_size}"
+    architecture = config.architecture or FIRST_ARCHITECTURE
+    text = f"{directory}, architecture {architecture}, hidden size {config.hidden_size}"
     yield _ok("policy", f"{text}, digest {digest[:16]}")
 
 
