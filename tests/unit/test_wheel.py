@@ -48,6 +48,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_start(installed: Path, tmp_path: Path) -> None:
     assert "--retention" in run(installed / "score-serve", "--help", cwd=tmp_path)
     assert "--method" in run(installed / "score-viz", "--help", cwd=tmp_path)
+    planned = run(installed / "score-plan", "--model", "Qwen2.5-VL-7B", "--gpu-gib", "80", cwd=tmp_path)
+    assert "49,152 visual tokens" in planned
+    run(installed / "python", "-c", "from score_vllm.compatibility import tested_runs; tested_runs()", cwd=tmp_path)
     assert "--config" in run(installed / "python", "-m", "score_vllm.train", "--help", cwd=tmp_path)
 
 
