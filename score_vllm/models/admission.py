@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from score_vllm.config import ServingConfig
+from score_vllm.models.one_pass import read_in_one_pass
 from score_vllm.models.processing import RequestFieldError
 from score_vllm.types import VideoGrid
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS
@@ -81,6 +82,11 @@ class AdmissionInfoMixin:
 
 class FramePixelsInfoMixin(AdmissionInfoMixin):
     """For processors of the Qwen families, which make frames smaller until they fit ``size["longest_edge"]`` pixels."""
+
+    def get_hf_processor(self, **kwargs: Any) -> Any:
+        """The family's; where videos are compressed, they pass through it in one pass."""
+        processor = super().get_hf_processor(**kwargs)  # type: ignore[misc]
+        return processor if self._serving is None else read_in_one_pass(processor)
 
     def unit(self) -> int:
         """Pixels along one side of a visual token."""
