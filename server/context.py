@@ -1,5 +1,6 @@
 """What travels with one request from its route down to the renderer and back."""
 
+from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from reprlib import repr as brief
@@ -42,6 +43,7 @@ class RequestContext:
         options: one per video; empty where the request says nothing about any.
         reports: filled by the renderer, one per video.
         encoded: set where the videos reach the model.
+        cells: encoded for each video, as far as it has been asked for.
     """
 
     ratio: float | list[float] | None
@@ -49,20 +51,21 @@ class RequestContext:
     options: tuple[VideoOptions, ...] = ()
     reports: list[VideoReport] = field(default_factory=list)
     encoded: EncodedCellsReader | None = None
+    cells: Counter[int] = field(default_factory=Counter)
 
     def score(self, serving: ServingConfig) -> dict[str, Any]:
-        """The ``score`` object of the response; asked for once, when the response is complete."""
+        """The ``score`` object of the response; asked for when a response, or the first token of a stream, is there."""
         return {
             "method": self.method or serving.method,
             "retention_ratio": serving.retention_ratio if self.ratio is None else self.ratio,
-            "videos": [report.to_json() | self._cells(report) for report in self.reports],
+            "videos": [report.to_json() | self._cells(index, report) for index, report in enumerate(self.reports)],
         }
 
-    def _cells(self, report: VideoReport) -> dict[str, int]:
+    def _cells(self, index: int, report: VideoReport) -> dict[str, int]:
         if self.encoded is None or report.ticket is None:
             return {}
-        encoded = self.encoded.take(report.ticket)
-        return {"encoded_cells": encoded, "reused_cells": max(0, report.grid.t - encoded)}
+        self.cells[index] += self.encoded.take(report.ticket)
+        return {"encoded_cells": self.cells[index], "reused_cells": max(0, report.grid.t - self.cells[index])}
 
 
 current: ContextVar[RequestContext | None] = ContextVar("score_request", default=None)
