@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
+from score_vllm import num_retained_tokens
+from tests.pages import BLOCK
+
 pytest.importorskip("openai")
-from .conftest import API_KEY, Server
+from .conftest import API_KEY, ROOT, Server
 from .requests_of import ask, check_counts, data_url
 
 RATIO = {"retention_ratio": 0.25}
@@ -51,32 +54,26 @@ def test_openai_parse(stream: bool, server: Server, clips: dict[str, Path]) -> N
 
 
 def test_langchain(server: Server, clips: dict[str, Path]) -> None:
-    """It keeps fields that it knows; what is made of a response is a method, in which ``score`` is there to be kept."""
-    chat_models = pytest.importorskip("langchain_openai")
-    messages = pytest.importorskip("langchain_core.messages")
-
-    class WithScore(chat_models.ChatOpenAI):
-        """As docs/serving.md has it."""
-
-        def _create_chat_result(self, response: Any, generation_info: Any = None) -> Any:
-            result = super()._create_chat_result(response, generation_info)
-            score = response.get("score") if isinstance(response, dict) else response.score
-            for generation in result.generations:
-                generation.message.response_metadata["score"] = score
-            return result
-
-    options: dict[str, Any] = {
-        "model": "demo", "base_url": f"{server.url}/v1", "api_key": API_KEY, "temperature": 0, "max_tokens": 6,
-        "max_retries": 0, "extra_body": RATIO,
-    }  # fmt: skip
-    asked = [messages.HumanMessage(content=ask(data_url(clips["plain"]))[0]["content"])]
-    answer = WithScore(**options).invoke(asked)
-    assert answer.content
+    """The class on the page about serving keeps what LangChain's own drops."""
+    pytest.importorskip("langchain_openai")
+    (code,) = (
+        m["code"] for m in BLOCK.finditer((ROOT / "docs" / "serving.md").read_text()) if "langchain" in m["code"]
+    )
+    made: dict[str, Any] = {}
+    exec(code.partition("model =")[0], made)
+    model = made["ScoreChatOpenAI"](
+        model="demo", base_url=f"{server.url}/v1", api_key=API_KEY, temperature=0, max_tokens=6, max_retries=0,
+        extra_body=RATIO,
+    )  # fmt: skip
+    asked = ask(data_url(clips["plain"]))
+    answer = model.invoke(asked)
     (video,) = answer.response_metadata["score"]["videos"]
-    assert video["retained_tokens"] < video["original_tokens"]
+    assert video["retained_tokens"] == num_retained_tokens(video["original_tokens"], 0.25)
     assert answer.usage_metadata["input_tokens"] > video["retained_tokens"]
-    streamed = "".join(chunk.content for chunk in chat_models.ChatOpenAI(**options).stream(asked))
-    assert streamed == answer.content
+    chunks = list(model.stream(asked))
+    assert "".join(chunk.content for chunk in chunks) == answer.content != ""
+    scores = [chunk.response_metadata["score"] for chunk in chunks if "score" in chunk.response_metadata]
+    assert [score["videos"][0]["retained_tokens"] for score in scores] == [video["retained_tokens"]] * 2
 
 
 def test_litellm(server: Server, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
