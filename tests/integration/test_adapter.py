@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -22,10 +23,13 @@ from score_vllm.config import FIRST_ARCHITECTURE, ServingConfig
 from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
 from score_vllm.models.cell_records import EncodedCellsReader, EncodedCellsWriter, draw_ticket
+from score_vllm.models.processing import VideoReport, VideoSpec
 from score_vllm.models.timing import BUCKETS, RING, CompressorStats, Totals, _Video, read_stats, read_videos
+from score_vllm.models.video_options import VideoOptions
 from score_vllm.server import endpoints
 from score_vllm.server.context import RequestContext
 from score_vllm.server.metrics import CompressorCollector
+from score_vllm.types import VideoGrid
 from score_vllm.video import VideoError
 
 
@@ -248,3 +252,26 @@ def test_streams_without_answers_pass_through(chunks: list[str]) -> None:
         return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), request)]
 
     assert asyncio.run(collect()) == [*chunks, "data: [DONE]\n\n"]
+
+
+def test_a_stream_says_the_same_at_both_ends(tmp_path: Path) -> None:
+    """Also how many cells were encoded, which a reader hears once; two videos of one ticket share them."""
+    ticket = draw_ticket()
+    EncodedCellsWriter(str(tmp_path)).write(ticket, 5)
+    spec = VideoSpec(0.5, "uniform", VideoOptions())
+    report = VideoReport(VideoGrid(8, 2, 2), 16, spec, 8, ticket=ticket)
+    request = RequestContext(None, reports=[report, report], encoded=EncodedCellsReader(tmp_path))
+    chunk = 'data: {"choices": [{"index": 0, "delta": {}, "finish_reason":%s}]}\n\n'
+
+    async def events() -> Any:
+        for text in (chunk % "null", chunk % "null", chunk % '"stop"', "data: [DONE]\n\n"):
+            yield text
+
+    async def collect() -> list[str]:
+        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), request)]
+
+    first, middle, last, done = asyncio.run(collect())
+    assert (middle, done) == (chunk % "null", "data: [DONE]\n\n")
+    scores = [json.loads(text.removeprefix("data: "))["score"] for text in (first, last)]
+    assert scores[0] == scores[1]
+    assert [(v["encoded_cells"], v["reused_cells"]) for v in scores[0]["videos"]] == [(5, 3), (0, 8)]
