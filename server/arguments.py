@@ -15,7 +15,10 @@ from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_
 
 PROG = "score-serve"
 USAGE = "score-serve --model MODEL [--retention RATIO] [SCORE options] [options of vLLM's server]"
-DESCRIPTION = "vLLM's OpenAI-compatible server; videos reach the language model with a fraction of their tokens."
+DESCRIPTION = (
+    "vLLM's OpenAI-compatible server; videos reach the language model with a fraction of their tokens. "
+    "'score-serve doctor' with the same options checks beforehand whether they work here."
+)
 LOG_FORMATS = ("text", "json", "none")
 MODEL_HELP = "a hub id, a directory, 'demo', or a short name: " + ", ".join(SHORT_NAMES)
 
