@@ -8,7 +8,10 @@ import torch
 
 from score_vllm.methods import register
 from score_vllm.methods.common import check_number
-from score_vllm.types import TokenSelection
+from score_vllm.types import TokenSelection, VideoGrid
+
+# Of 2^32: 1 / p and 1 / p^2 of the plastic number p = 1.3247 for rows and columns, the golden section for cells.
+LATTICE = (3242174889, 2447445413, 2654435769)
 
 
 def _selection(x: torch.Tensor, indices: torch.Tensor) -> TokenSelection:
@@ -20,20 +23,27 @@ def _selection(x: torch.Tensor, indices: torch.Tensor) -> TokenSelection:
 
 
 @register("uniform")
-def uniform(x: torch.Tensor, num_retained: int, **_: Any) -> TokenSelection:
-    """Evenly spaced tokens over the whole video, at the centres of K equal bins.
+def uniform(x: torch.Tensor, num_retained: int, *, grid: VideoGrid | None = None, **_: Any) -> TokenSelection:
+    """Tokens spread evenly over time and space: cells keep equally many, to one token, each of them a part of a lattice
+    (Kronecker's, with the 2-D plastic number) that shifts from cell to cell, so that no row or column is preferred.
 
     Args:
         x: [T, N, D].
         num_retained: K.
+        grid: T, rows, columns; None: one row of N columns.
 
     Returns:
         The selection; scores are 1 for kept tokens and 0 for the rest.
     """
-    total = x.shape[0] * x.shape[1]
-    # Integer arithmetic: (2i + 1) * total / (2K), exact for any size.
-    centres = (2 * torch.arange(num_retained, dtype=torch.int64) + 1) * total // (2 * num_retained)
-    return _selection(x, centres)
+    frames, per_frame, _ = x.shape
+    places = torch.arange(per_frame)
+    columns = per_frame if grid is None else grid.w
+    # Fractions of 2^32 in whole numbers: the same order on every device.
+    key = places // columns * LATTICE[0] + places % columns * LATTICE[1]
+    key = (key + torch.arange(frames)[:, None] * LATTICE[2]) % 2**32
+    rank = key.argsort(dim=1, stable=True).argsort(dim=1)
+    bounds = (2 * torch.arange(frames + 1) * num_retained + frames) // (2 * frames)
+    return _selection(x, (rank < bounds.diff()[:, None]).flatten().nonzero()[:, 0])
 
 
 @register("random")

@@ -48,8 +48,25 @@ def test_constant_video_keeps_the_lowest_indices_of_equal_scores() -> None:
     assert kept.indices.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_uniform_spreads_over_the_video() -> None:
-    assert select_tokens(torch.zeros(4, 5, 2), 0.2, method="uniform").indices.tolist() == [2, 7, 12, 17]
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.floats(1e-3, 1.0))
+def test_uniform_keeps_as_many_of_every_cell(t: int, h: int, w: int, ratio: float) -> None:
+    kept = select_tokens(torch.zeros(t, h * w, 2), ratio, method="uniform", grid=VideoGrid(t, h, w)).kept_per_frame()
+    assert kept.max() - kept.min() <= 1
+
+
+@pytest.mark.parametrize(("t", "h", "w"), [(16, 8, 8), (64, 19, 35), (32, 12, 16)])
+@pytest.mark.parametrize("ratio", [0.4, 0.25, 0.1])
+def test_uniform_prefers_no_row_and_no_column(t: int, h: int, w: int, ratio: float) -> None:
+    """A stride of four over eight columns would keep two of them."""
+    kept = select_tokens(torch.zeros(t, h * w, 2), ratio, method="uniform", grid=VideoGrid(t, h, w))
+    mask = torch.zeros(t * h * w)
+    mask[kept.indices] = 1
+    for line in (mask.view(t, h, w).mean((0, 2)), mask.view(t, h, w).mean((0, 1))):
+        assert (line - ratio).abs().max() < 0.35 * ratio
+
+
+def test_uniform_with_one_token_takes_it_from_the_middle() -> None:
+    assert select_tokens(torch.zeros(9, 4, 2), 0.01, method="uniform").indices.tolist() == [16]
 
 
 def test_random_follows_its_seed() -> None:
