@@ -43,7 +43,8 @@ def uniform(x: torch.Tensor, num_retained: int, *, grid: VideoGrid | None = None
     key = (key + torch.arange(frames)[:, None] * LATTICE[2]) % 2**32
     rank = key.argsort(dim=1, stable=True).argsort(dim=1)
     bounds = (2 * torch.arange(frames + 1) * num_retained + frames) // (2 * frames)
-    return _selection(x, (rank < bounds.diff()[:, None]).flatten().nonzero()[:, 0])
+    dropped = (rank >= bounds.diff()[:, None]).flatten()
+    return _selection(x, dropped.byte().argsort(stable=True)[:num_retained])
 
 
 @register("random")

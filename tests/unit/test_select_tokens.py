@@ -66,7 +66,7 @@ def test_uniform_prefers_no_row_and_no_column(t: int, h: int, w: int, ratio: flo
 
 
 def test_uniform_with_one_token_takes_it_from_the_middle() -> None:
-    assert select_tokens(torch.zeros(9, 4, 2), 0.01, method="uniform").indices.tolist() == [16]
+    assert select_tokens(torch.zeros(9, 4, 2), 0.01, method="uniform").indices // 4 == 4
 
 
 def test_random_follows_its_seed() -> None:
