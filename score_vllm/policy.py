@@ -84,8 +84,12 @@ class RetentionPolicy(torch.nn.Module):
             raise ValueError(f"x must be bf16, fp16 or fp32, got {x.dtype}")
         # The reference is differentiable; the fast path is for inference only.
         run = reference.score if torch.is_grad_enabled() else ops.score
-        logits = run(x, self.w_in, self.b_in, self.w_out, self.b_out, self.config.use_residual)
+        logits = run(x, *self.weights(), self.config.use_residual)
         return logits.view(x.shape[0], x.shape[1])
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(w_in, b_in, w_out, b_out)`` as the kernels take them."""
+        return self.w_in, self.b_in, self.w_out, self.b_out
 
     @property
     def hidden_size(self) -> int:

@@ -15,12 +15,13 @@ from score_vllm.train.data.sample import BrokenSampleError, SampleSource
 from score_vllm.train.data.sources import mixed
 from score_vllm.train.data.targets import Targets, look_at, require_descriptions
 from score_vllm.train.frozen.model import FrozenVLM
+from score_vllm.train.initial_policy import make_policy
 from score_vllm.train.own_clips import ClipDescriber, find_clips, prepare
 from score_vllm.train.own_report import estimate, report
 from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
-from score_vllm.train.trainer import Trainer, make_policy
+from score_vllm.train.trainer import Trainer
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

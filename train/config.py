@@ -47,12 +47,15 @@ class PolicySettings(Settings):
         use_residual: False is the paper's ablation without the surprise signal.
         initial_keep_probability: p of every token at the start (not in the paper).
         init: directory of a policy to start from; empty for fresh weights.
+        standardise: samples whose tokens give the mean and scale per channel in which a fresh policy learns (not in the
+            paper); folded into its weights when it is saved. 0: none.
     """
 
     width: int = Field(default=0, ge=0, le=65536)
     use_residual: bool = True
     initial_keep_probability: float = Field(default=0.5, ge=0.01, le=0.99)
     init: str = ""
+    standardise: int = Field(default=0, ge=0, le=4096)
 
 
 class RolloutSettings(Settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from score_vllm.policy import RetentionPolicy
 from score_vllm.train import checkpoint
 from score_vllm.train.config import StageSettings, TrainSettings, differences
 from score_vllm.train.curriculum import StageData
 from score_vllm.train.data.sample import SampleSource
 from score_vllm.train.frozen.feature_cache import FeatureCache
 from score_vllm.train.frozen.model import Engine
+from score_vllm.train.initial_policy import StandardisedPolicy, make_policy
 from score_vllm.train.objective.rollout import noise_generator
 from score_vllm.train.optimizer import learning_rate_factor, make_optimizer
 from score_vllm.train.provenance import provenance
@@ -80,6 +79,8 @@ class Trainer:
         """
         stages = (self.settings.named(only),) if only else self.settings.stages
         found = self._restore(resume)
+        if found is None and isinstance(self.policy, StandardisedPolicy):
+            self._standardise(self.policy, stages[0])
         main = self.accelerator.is_main_process
         log = RunLog(self.output / LOG_NAME, resumed_at=self.step if found else -1) if main else None
         if main:
@@ -107,6 +108,15 @@ class Trainer:
             if log:
                 log.close()
             self.accelerator.end_training()
+
+    def _standardise(self, policy: StandardisedPolicy, stage: StageSettings) -> None:
+        """Every process measures the same samples."""
+        data = StageData(self._sources[stage.name], stage, self.settings.seed, self.engine, self._cache)
+        slots = range(min(self.settings.policy.standardise, len(self._sources[stage.name])))
+        try:
+            policy.measure(data.prepare(slot, slots[slot + 1 :]).encoded.x for slot in slots)
+        finally:
+            data.close()
 
     def _plan(
         self, stages: tuple[StageSettings, ...], found: checkpoint.TrainState | None
@@ -256,42 +266,3 @@ class Trainer:
         tensors = checkpoint.optimizer_tensors(self._optimizer, self._names)
         root = self.output / "checkpoints"
         checkpoint.save_checkpoint(root, self.policy.state_dict(), tensors, state, self.settings.checkpoint.keep)
-
-
-def make_policy(settings: TrainSettings, hidden_size: int, architecture: str) -> RetentionPolicy:
-    """The policy to start from: fresh, or that of ``policy.init``.
-
-    Raises:
-        ConfigurationError: ``policy.init`` names nothing, is for another width of tokens or another architecture, or
-            differs from ``policy.use_residual``.
-    """
-    wanted = settings.policy
-    if not wanted.init:
-        return RetentionPolicy(
-            hidden_size,
-            wanted.width or None,
-            use_residual=wanted.use_residual,
-            initial_keep_probability=wanted.initial_keep_probability,
-            model_id=settings.model.path,
-            architecture=architecture,
-            seed=settings.seed,
-        )
-    try:
-        policy = RetentionPolicy.from_pretrained(wanted.init)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigurationError(f"policy.init: {error}") from error
-    if policy.config.hidden_size != hidden_size:
-        raise ConfigurationError(
-            f"policy.init {wanted.init!r} is for tokens of width {policy.config.hidden_size}, "
-            f"the model's have {hidden_size}"
-        )
-    if policy.config.architecture not in ("", architecture):
-        raise ConfigurationError(
-            f"policy.init {wanted.init!r} is for {policy.config.architecture}, the model is a {architecture}"
-        )
-    policy.config = dataclasses.replace(policy.config, architecture=architecture)
-    if policy.config.use_residual != wanted.use_residual:
-        raise ConfigurationError(
-            f"policy.use_residual must be {policy.config.use_residual}, as in policy.init, got {wanted.use_residual}"
-        )
-    return policy

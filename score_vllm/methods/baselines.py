@@ -35,7 +35,7 @@ def uniform(x: torch.Tensor, num_retained: int, *, grid: VideoGrid | None = None
     Returns:
         The selection; scores are 1 for kept tokens and 0 for the rest.
     """
-    frames, per_frame, _ = x.shape
+    frames, per_frame = x.shape[:2]
     places = torch.arange(per_frame)
     columns = per_frame if grid is None else grid.w
     # Fractions of 2^32 in whole numbers: the same order on every device.

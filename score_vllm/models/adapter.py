@@ -125,7 +125,7 @@ class VideoCompressor:
             assert self.policy is not None, "checked by ServingConfig"
             # The policy itself stays on the CPU, where sleep mode does not reach it.
             policy = self.policy
-            w_in, b_in, w_out, b_out = (p.to(device) for p in (policy.w_in, policy.b_in, policy.w_out, policy.b_out))
+            w_in, b_in, w_out, b_out = (p.to(device) for p in policy.weights())
             self._weights = ops.pack_weights(w_in, b_in, w_out, b_out, dtype, policy.config.use_residual)
         return self._weights
 
