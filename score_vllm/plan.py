@@ -26,6 +26,9 @@ BLOCK_SIZE = 16
 # CUDA context, graphs and the language model's own activations; a guess.
 RESERVE_GIB = 2.0
 LLAVA = "LlavaOnevisionForConditionalGeneration"
+TIMESTAMPED = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
+GATED = "Qwen2_5_VLForConditionalGeneration"
+PLANNED = (GATED, "Qwen2VLForConditionalGeneration", *TIMESTAMPED, LLAVA)
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -80,15 +83,15 @@ class ModelShape:
         name = (raw.get("architectures") or ["none"])[0]
         if name not in BY_NAME:
             raise UsageError(f"--model {model!r} is a {name}; supported architectures: {', '.join(BY_NAME)}")
+        if name not in PLANNED:
+            raise UsageError(
+                f"--model {model!r} is a {name}, for which no plan is made (only for {', '.join(PLANNED)}); the server's "
+                "log says its KV cache size and concurrency"
+            )
         import torch
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         config = AutoConfig.for_model(**raw)
-        if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-            raise UsageError(
-                f"--model {model!r} has layers of linear attention, whose state shares vLLM's cache pages: no plan is "
-                "made for it; the server's log says its KV cache size and concurrency"
-            )
         with torch.device("meta"):
             built = AutoModelForImageTextToText.from_config(config)
         encode = None
@@ -117,7 +120,7 @@ class ModelShape:
     @property
     def has_text(self) -> bool:
         """Whether text stands inside a video's span."""
-        return "Qwen3" in self.entry.name
+        return self.entry.name in TIMESTAMPED
 
     def kv_values(self, gpus: int = 1) -> int:
         """Numbers per token in the KV cache of one GPU."""
@@ -158,7 +161,7 @@ class ModelShape:
         else:
             patches = grid.num_tokens * vision.spatial_merge_size**2
             pixels = patches * 3 * vision.patch_size**2 * vision.temporal_patch_size
-        gated = 3 if self.entry.name == "Qwen2_5_VLForConditionalGeneration" else 2
+        gated = 3 if self.entry.name == GATED else 2
         return int(pixels + patches * (2 * width + gated * inner))
 
     @cached_property

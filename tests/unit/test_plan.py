@@ -160,5 +160,5 @@ def test_models_that_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.Monke
         "text_config": {"model_type": "qwen3_5_text", "num_hidden_layers": 4},
     }
     (tmp_path / "config.json").write_text(json.dumps(hybrid))
-    with pytest.raises(UsageError, match="linear attention"):
+    with pytest.raises(UsageError, match="for which no plan is made"):
         ModelShape.from_model(str(tmp_path))
