@@ -85,8 +85,8 @@ class ModelShape:
             raise UsageError(f"--model {model!r} is a {name}; supported architectures: {', '.join(BY_NAME)}")
         if name not in PLANNED:
             raise UsageError(
-                f"--model {model!r} is a {name}, for which no plan is made (only for {', '.join(PLANNED)}); the server's "
-                "log says its KV cache size and concurrency"
+                f"--model {model!r} is a {name}, for which no plan is made (only for {', '.join(PLANNED)}); the "
+                "server's log says its KV cache size and concurrency"
             )
         import torch
         from transformers import AutoConfig, AutoModelForImageTextToText
