@@ -35,7 +35,9 @@ prefill() {
   # Each checks its answers itself and writes its file as rows are done: a time limit costs only what is left.
   local bench="benchmarks/prefill_latency.py"
   step prefill-paper "$python" "$bench" --preset paper --output "$out/prefill_latency_paper.json"
-  step prefill-qwen3 "$python" "$bench" --preset qwen3-vl-8b --output "$out/prefill_latency_qwen3-vl-8b.json"
+  for preset in qwen3-vl-8b qwen3.5-9b llava-video-7b; do
+    step "prefill-$preset" "$python" "$bench" --preset "$preset" --output "$out/prefill_latency_$preset.json"
+  done
   step prefill-methods "$python" "$bench" --preset paper --engines transformers --methods all --repeats 3 \
     --output "$out/prefill_latency_paper-methods.json"
 }

@@ -49,7 +49,7 @@ from benchmarks.prefill.preset import (
 from benchmarks.prefill.rows import CheckError, make_row, missing_row
 from benchmarks.report import publish
 
-# vLLM's own pruning of Qwen2.5-VL; its vidcom2 is for Qwen3-VL, which our plug-in does not serve.
+# vLLM's own pruning of Qwen2.5-VL; its vidcom2 is for Qwen3-VL.
 IN_TREE = ("evs",)
 CHECK_SEED = 10**6
 Rows = list[dict[str, Any]]
@@ -150,7 +150,7 @@ def usable_engines(preset: Preset, family: str, asked: str | None) -> list[str]:
         elif importlib.util.find_spec(name) is None:
             problem = f"engine {name} is not installed"
         elif name == "vllm" and family not in SERVED_FAMILIES:
-            problem = f"our vLLM plug-in serves {SERVED_FAMILIES}, not {family}; use --engines transformers"
+            problem = f"the vLLM engine's prompts are for {SERVED_FAMILIES}, not {family}; use --engines transformers"
         if problem is None:
             chosen.append(name)
         elif asked:
@@ -166,7 +166,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Preset]
     """The command line, checked, and the preset it names."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--preset", default="tiny", help="tiny (default), demo, paper, qwen3-vl-8b, or a .json file")
+    add("--preset", default="tiny", help="a name in prefill/presets (default: %(default)s) or a .json file")
     add("--model", help="real weights: a directory or hub id, with the preset's prompt; or 'demo'")
     add("--policy", help="retention policy directory; default: seeded weights, which cost the same")
     add("--engines", help=f"of {', '.join(ENGINES)}, with commas between (default: the preset's)")

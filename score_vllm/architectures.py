@@ -96,6 +96,29 @@ SUPPORTED = (
         sequential=True,
         checked=_TINY,
     ),
+    Architecture(
+        "Glm4vForConditionalGeneration",
+        f"{_MODELS}.glm:ScoreGlm4vForConditionalGeneration",
+        {"GLM-4.1V-9B": "zai-org/GLM-4.1V-9B-Thinking", "GLM-4.6V-Flash": "zai-org/GLM-4.6V-Flash"},
+        "markers and time of every cell stay",
+        checked=_TINY,
+    ),
+    Architecture(
+        "Glm4vMoeForConditionalGeneration",
+        f"{_MODELS}.glm:ScoreGlm4vMoeForConditionalGeneration",
+        {"GLM-4.5V": "zai-org/GLM-4.5V", "GLM-4.6V": "zai-org/GLM-4.6V"},
+        "markers and time of every cell stay",
+        checked=_TINY,
+    ),
+    Architecture(
+        "InternVLForConditionalGeneration",
+        f"{_MODELS}.internvl:ScoreInternVLForConditionalGeneration",
+        _sizes("InternVL3.5", "OpenGVLab/InternVL3_5", "-HF", "1B", "2B", "4B", "8B", "14B", "38B"),
+        "number and markers of every frame stay; the `-HF` checkpoints alone",
+        sampling=(None, 64),
+        sequential=True,
+        checked=_TINY,
+    ),
 )
 BY_NAME = {entry.name: entry for entry in SUPPORTED}
 SHORT_NAMES = {short: hub for entry in SUPPORTED for short, hub in entry.models.items()}
@@ -111,6 +134,10 @@ REFUSED = {
     ),
     "Molmo2ForConditionalGeneration": (
         "visual tokens attend to each other in both directions, so dropping some changes the rest"
+    ),
+    "InternVLChatModel": (
+        "this is InternVL's original format, whose code comes with the checkpoint: serve the same model in "
+        "transformers' format (-HF or -hf at the end of its name)"
     ),
     "LlavaQwenForCausalLM": (
         "this is an original LLaVA-Video checkpoint, which vLLM does not read: convert it first with "

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -55,6 +55,16 @@ class Reply:
     prompt_tokens: int | None
     completion_tokens: int | None
     score: dict[str, Any] | None
+
+
+class Endpoint(Protocol):
+    """What answers chat requests: :class:`Client`, or a model in this process."""
+
+    base_url: str
+
+    async def models(self) -> list[str]: ...
+
+    async def chat(self, body: dict[str, Any]) -> Reply: ...
 
 
 def data_url(data: bytes, suffix: str = ".mp4") -> str:
@@ -200,7 +210,7 @@ class Client:
         raise RequestFailed(problem + tries, status, exhausted=True)
 
 
-async def compressed_lengths(client: Client, body: dict[str, Any], ratios: Sequence[float]) -> dict[float, int]:
+async def compressed_lengths(client: Endpoint, body: dict[str, Any], ratios: Sequence[float]) -> dict[float, int]:
     """Prompt tokens of a request at each ratio, all below 1, and at 1; they must follow the ratio.
 
     A stock server accepts ``retention_ratio`` as an unknown field and ignores it. Where ratio 1 does not fit the model,

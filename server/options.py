@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 from importlib.metadata import entry_points
@@ -63,22 +64,36 @@ def check_policy(policy: str, hidden_size: int, architecture: str) -> tuple[str,
         raise UsageError(f"--policy: {error}") from error
 
 
+def check_refused(model: str, architecture: str) -> None:
+    """Refuse, with the reason, what users ask for and cannot have.
+
+    Raises:
+        UsageError: the architecture is one of those.
+    """
+    if architecture in REFUSED:
+        raise UsageError(f"--model {model!r} is a {architecture}, which is not supported: {REFUSED[architecture]}")
+
+
 def read_model(args: argparse.Namespace) -> tuple[Architecture, int]:
     """Architecture, and hidden size of the language model, from the model's own configuration.
 
     Raises:
         UsageError: it cannot be read, or the architecture is not supported.
     """
+    from transformers import PreTrainedConfig
     from vllm.transformers_utils.config import get_config
 
     try:
         config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     except Exception as error:  # whatever the hub, the disk or the file made of it
+        # Transformers cannot read some of the checkpoints that are refused with a reason.
+        with contextlib.suppress(OSError, ValueError):
+            raw, _ = PreTrainedConfig.get_config_dict(args.model, revision=args.revision)
+            check_refused(args.model, (raw.get("architectures") or ["none"])[0])
         reason = " ".join(str(error).split())
         raise UsageError(f"--model: cannot read the configuration of {args.model!r}: {reason}") from error
     architecture = (config.architectures or ["none"])[0]
-    if architecture in REFUSED:
-        raise UsageError(f"--model {args.model!r} is a {architecture}, which is not supported: {REFUSED[architecture]}")
+    check_refused(args.model, architecture)
     if architecture not in BY_NAME:
         known = ", ".join(BY_NAME)
         raise UsageError(f"--model {args.model!r} is a {architecture}; supported architectures: {known}")

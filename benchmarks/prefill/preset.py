@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,15 +12,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from benchmarks.prefill.flops import TextShape
 from score_vllm.budget import num_retained_tokens
+from score_vllm.layout import LEARNED, VideoLayout, grid_layout, interleaved_layout, sequential_layout
 from score_vllm.types import VideoGrid
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 ENGINES = ("vllm", "transformers")
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-# vLLM's plug-in knows this family alone.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
+# The vLLM engine's prompts are of this family alone.
 SERVED_FAMILIES = ("qwen2_5_vl",)
-# Qwen3-VL writes "<12.5 seconds>" before every temporal cell, about seven tokens, and two markers around the cell.
+# Qwen3-VL and Qwen3.5 write "<12.5 seconds>" before every temporal cell, about seven tokens, and two markers around it.
 TIMESTAMP_TOKENS = 7
+SECONDS_PER_CELL = 1.0
 SEED = 20260323
 PAPER_RATIOS = (0.4, 0.25, 0.1)
 
@@ -40,7 +43,7 @@ class Preset(BaseModel):
         needs_gpu: True where a CPU would take hours.
         videos: token grids. 42,566 tokens, the paper's mean over a benchmark, are twice a prime, so that no one grid
             has them; 64 x 19 x 35 and a second clip of 6 tokens do.
-        text_tokens: all tokens that are not visual (for Qwen3-VL without timestamps and the markers around cells).
+        text_tokens: all tokens that are neither visual nor a span's own (timestamps, markers of cells, newlines).
         engines: in the order in which they run.
         repeats: timed runs per row.
         config, model: see ``weights``.
@@ -81,10 +84,26 @@ class Preset(BaseModel):
         """K of one video."""
         return num_retained_tokens(grid.num_tokens, ratio)
 
-    def structure_tokens(self, family: str) -> int:
-        """Text that the family's format puts between the cells of a video."""
-        cells = sum(grid.t for grid in self.videos)
-        return cells * (TIMESTAMP_TOKENS + 2) if family == "qwen3_vl" else 0
+    def layouts(self, config: Mapping[str, Any]) -> list[VideoLayout]:
+        """The span of each video, in the format of the model with this config."""
+        return [span_of(config, grid) for grid in self.videos]
+
+    def structure_tokens(self, config: Mapping[str, Any]) -> int:
+        """What stands in the spans beside visual tokens."""
+        return sum(layout.structure_tokens for layout in self.layouts(config))
+
+
+def span_of(config: Mapping[str, Any], grid: VideoGrid) -> VideoLayout:
+    """The span of a video; timestamps are any text of the usual length."""
+    family = config["model_type"]
+    if family in ("qwen3_vl", "qwen3_5"):
+        prefix = [*range(TIMESTAMP_TOKENS), config["vision_start_token_id"]]
+        return interleaved_layout(grid, [prefix] * grid.t, [[config["vision_end_token_id"]]] * grid.t)
+    if family == "llava_onevision":
+        newline = config.get("mm_newline_position", "one_token")
+        suffixes = [[]] * (grid.t - 1) + [[LEARNED] if newline == "one_token" else []]
+        return sequential_layout(grid, [[]] * grid.t, suffixes, row_newlines=newline == "grid")
+    return grid_layout(grid, SECONDS_PER_CELL * config["vision_config"].get("tokens_per_second", 1))
 
 
 def load_preset(name: str, **changes: Any) -> Preset:
@@ -153,7 +172,7 @@ class Prepared:
     def total_tokens(self, ratio: float | None) -> int:
         """Length of the prompt."""
         preset = self.preset
-        return preset.retained_tokens(ratio) + preset.text_tokens + preset.structure_tokens(self.family)
+        return preset.retained_tokens(ratio) + preset.text_tokens + preset.structure_tokens(self.config)
 
 
 def prepare(preset: Preset, folder: Path, policy: str | None = None) -> Prepared:
@@ -215,8 +234,9 @@ def _write_shell(preset: Preset, directory: Path) -> None:
         weights.unlink()
     config = dict(preset.config)
     tokenizer = build_tokenizer()
+    key = "token_index" if config["model_type"] == "llava_onevision" else "token_id"
     for kind, token in (("image", "image_pad"), ("video", "video_pad")):
-        config[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        config[f"{kind}_{key}"] = tokenizer.convert_tokens_to_ids(f"<|{token}|>")
     for kind in ("vision_start", "vision_end"):
         config[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}|>")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.prefill.preset import TIMESTAMP_TOKENS, Prepared
-from score_vllm.types import VideoGrid
+from benchmarks.prefill.preset import Prepared
+from score_vllm.layout import VideoLayout
 
 # Ordinary text in every tokenizer here: the demo's has 256 bytes, the true ones put their first words there.
 TEXT_IDS = 256
@@ -24,13 +24,15 @@ class Prompt:
     Attributes:
         input_ids: [L] int64.
         token_types: [L] int64: 0 text, 2 video, as transformers' ``mm_token_type_ids``.
-        grids: token grids of its videos.
+        layouts: of its videos.
+        starts: places where their spans begin.
         slots: per video [T * N] int64, the places of its tokens in the prompt, ascending.
     """
 
     input_ids: torch.Tensor
     token_types: torch.Tensor
-    grids: tuple[VideoGrid, ...]
+    layouts: tuple[VideoLayout, ...]
+    starts: tuple[int, ...]
     slots: tuple[torch.Tensor, ...]
 
     @property
@@ -40,10 +42,7 @@ class Prompt:
 
 
 def build_prompt(prepared: Prepared, seed: int = 0) -> Prompt:
-    """Random text around the preset's videos, in the family's format.
-
-    Qwen2.5-VL: one span per video. Qwen3-VL: per temporal cell a timestamp and a span of its own.
-    """
+    """Random text around the preset's videos, in the family's format."""
     preset, config = prepared.preset, prepared.config
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -53,28 +52,33 @@ def build_prompt(prepared: Prepared, seed: int = 0) -> Prompt:
         ids.extend(torch.randint(TEXT_IDS, (count,), generator=generator).tolist())
         types.extend([0] * count)
 
-    def span(tokens: int) -> torch.Tensor:
-        marked = [config["vision_start_token_id"], *[config["video_token_id"]] * tokens, config["vision_end_token_id"]]
-        slots = torch.arange(len(ids) + 1, len(ids) + 1 + tokens)
-        ids.extend(marked)
-        types.extend([0, *[2] * tokens, 0])
-        return slots
+    def marker(name: str) -> None:
+        ids.append(config[f"vision_{name}_token_id"])
+        types.append(0)
 
-    by_cell = prepared.family == "qwen3_vl"
-    # A span brings its own two markers; those around cells are counted by structure_tokens.
-    free = preset.text_tokens - (0 if by_cell else 2 * len(preset.videos))
+    layouts = preset.layouts(config)
+    # Qwen2.5-VL's markers stand outside the span and count as text.
+    marked = prepared.family == "qwen2_5_vl"
+    free = preset.text_tokens - 2 * len(layouts) * marked
     if free < 2:
         raise ValueError(f"text_tokens {preset.text_tokens} leaves no text around {len(preset.videos)} videos")
     text(free // 2)
-    slots = []
-    for grid in preset.videos:
-        if by_cell:
-            cells = []
-            for _ in range(grid.t):
-                text(TIMESTAMP_TOKENS)
-                cells.append(span(grid.tokens_per_frame))
-            slots.append(torch.cat(cells))
-        else:
-            slots.append(span(grid.num_tokens))
+    video_token = config.get("video_token_id", config.get("video_token_index"))
+    starts, slots = [], []
+    for layout in layouts:
+        if marked:
+            marker("start")
+        starts.append(len(ids))
+        vision = torch.from_numpy(layout.vision()[:, 0])
+        span = torch.full((layout.structure_tokens + len(vision),), video_token)
+        kinds = torch.full_like(span, 2)
+        structure = torch.from_numpy(layout.slots)
+        # Learned rows count as text here.
+        span[structure], kinds[structure] = torch.from_numpy(layout.ids).clamp(min=0), 0
+        slots.append(len(ids) + vision)
+        ids += span.tolist()
+        types += kinds.tolist()
+        if marked:
+            marker("end")
     text(free - free // 2)
-    return Prompt(torch.tensor(ids), torch.tensor(types), preset.videos, tuple(slots))
+    return Prompt(torch.tensor(ids), torch.tensor(types), tuple(layouts), tuple(starts), tuple(slots))

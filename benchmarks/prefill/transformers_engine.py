@@ -14,18 +14,16 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Stopwatch
-from benchmarks.prefill.preset import Prepared
+from benchmarks.prefill.preset import SECONDS_PER_CELL, Prepared
 from benchmarks.prefill.prompt import Prompt, build_prompt
 from benchmarks.prefill.rows import CheckError, Times
 from benchmarks.tokens import scene_tokens
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PositionTable
-from score_vllm.layout import grid_layout
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import unpack_offsets
 from score_vllm.select import select_retained
 
-SECONDS_PER_CELL = 1.0
 # Methods whose kept rows absorb others; the rest hand over the rows that they keep.
 MERGING = ("fastvid", "flashvid", "holitom", "tango")
 
@@ -57,7 +55,8 @@ def load_language_model(prepared: Prepared, device: str, attention: str) -> tupl
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             prepared.path, dtype=dtype, attn_implementation=attention
         )
-        model.model.visual = None
+        for tower in {"visual", "vision_tower", "multi_modal_projector"} & {n for n, _ in model.model.named_children()}:
+            setattr(model.model, tower, None)
         model = model.to(device).eval()
         return model.model.language_model, model.lm_head, model.model
     config = transformers.AutoConfig.from_pretrained(prepared.path)
@@ -89,16 +88,16 @@ class TransformersEngine:
         self.prompt: Prompt = build_prompt(prepared)
         width = prepared.shape.hidden_size
         self.rows = [
-            scene_tokens(grid.t, grid.tokens_per_frame, width, dtype, device, seed)
-            for seed, grid in enumerate(self.prompt.grids)
+            scene_tokens(layout.grid.t, layout.grid.tokens_per_frame, width, dtype, device, seed)
+            for seed, layout in enumerate(self.prompt.layouts)
         ]
         self.saliency = [
             torch.rand(x.shape[:2], generator=torch.Generator(device).manual_seed(1), device=device) for x in self.rows
         ]
-        vision = prepared.config["vision_config"]
-        self.t_factor = SECONDS_PER_CELL * vision.get("tokens_per_second", 1)
-        self.by_cell = prepared.family == "qwen3_vl"
-        self.deepstack = len(vision.get("deepstack_visual_indexes", ())) if self.by_cell else 0
+        # Rows of a span with structure between them: placed by table, as the others are by the kernel.
+        self.offsets = [layout.vision_offsets().to(device) for layout in self.prompt.layouts]
+        self.one_axis = prepared.family == "llava_onevision"
+        self.deepstack = len(prepared.config["vision_config"].get("deepstack_visual_indexes", ()))
         policy = RetentionPolicy.from_pretrained(str(prepared.policy)).to(device)
         parameters = (policy.w_in, policy.b_in, policy.w_out, policy.b_out)
         self.policy = policy
@@ -110,22 +109,24 @@ class TransformersEngine:
     @torch.no_grad()
     def _build_whole(self, shell: Any) -> None:
         """The uncompressed inputs, at the positions that transformers itself gives them."""
-        prompt, merge = self.prompt, int(self.prepared.config["vision_config"]["spatial_merge_size"])
-        grids = torch.tensor([[g.t, g.h * merge, g.w * merge] for g in prompt.grids])
-        positions, _ = shell.get_rope_index(
-            prompt.input_ids[None],
-            mm_token_type_ids=prompt.token_types[None],
-            video_grid_thw=grids,
-            second_per_grid_ts=torch.full((len(prompt.grids),), SECONDS_PER_CELL),
-        )
+        prompt = self.prompt
+        if self.one_axis:
+            positions = torch.arange(len(prompt.input_ids)).expand(3, 1, -1)
+        else:
+            merge = int(self.prepared.config["vision_config"]["spatial_merge_size"])
+            grids = [layout.grid for layout in prompt.layouts]
+            positions, _ = shell.get_rope_index(
+                prompt.input_ids[None],
+                mm_token_type_ids=prompt.token_types[None],
+                video_grid_thw=torch.tensor([[g.t, g.h * merge, g.w * merge] for g in grids]),
+                second_per_grid_ts=torch.full((len(grids),), SECONDS_PER_CELL),
+            )
         positions = positions[:, 0].to(self.device)
         embeds = self.text.embed_tokens(prompt.input_ids.to(self.device))
         for slots, x in zip(self.slots, self.rows, strict=True):
             embeds[slots] = x.flatten(0, 1)
         self.text_embeds, self.text_positions = embeds[self.text_slots], positions[:, self.text_slots]
-        # Where each video begins; for Qwen3-VL, where each of its cells does.
-        per_cell = [g.tokens_per_frame if self.by_cell else g.num_tokens for g in prompt.grids]
-        self.bases = [positions[0, slots[::n]] for slots, n in zip(self.slots, per_cell, strict=True)]
+        self.bases = [positions[0, start] for start in prompt.starts]
         visual = torch.cat(self.slots)
         self.deep_rows = torch.cat([x.flatten(0, 1) for x in self.rows]) if self.deepstack else None
         extras = self._extras(visual, torch.arange(len(visual), device=self.device), len(embeds))
@@ -142,14 +143,12 @@ class TransformersEngine:
 
     def select(self, number: int, ratio: float, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(indices [K], rows [K, D], positions [3, K])`` of one video, as the server selects and places them."""
-        grid, x = self.prompt.grids[number], self.rows[number]
-        keep = self.prepared.preset.retained_of(grid, ratio)
+        layout, x = self.prompt.layouts[number], self.rows[number]
+        keep = self.prepared.preset.retained_of(layout.grid, ratio)
         width = x.shape[-1]
         offsets = None
         if method == "score":
-            table = None
-            if not self.by_cell:
-                table = PositionTable.from_layout(grid_layout(grid, self.t_factor))
+            table = None if layout.structure_tokens else PositionTable.from_layout(layout)
             out = ops.select_rows(x, self.weights, keep, table)
             indices, rows = out.indices, out.buffer[:, :width]
             if table is not None:
@@ -157,13 +156,9 @@ class TransformersEngine:
         else:
             kept, _ = select_retained(x, keep, method, policy=self.policy, saliency=self.saliency[number])
             indices, rows = kept.indices, kept.embeddings
-            if not self.by_cell:
-                offsets = grid_layout(grid, self.t_factor).vision_offsets().to(self.device)[indices]
-        if offsets is not None:
-            return indices, rows, (self.bases[number] + offsets).T
-        cell, inside = indices // grid.tokens_per_frame, indices % grid.tokens_per_frame
-        base = self.bases[number][cell]
-        return indices, rows, torch.stack([base, base + inside // grid.w, base + inside % grid.w])
+        if offsets is None:
+            offsets = self.offsets[number][indices]
+        return indices, rows, (self.bases[number] + offsets).T
 
     def assemble(self, selections: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Inputs:
         """The shorter prompt: all text, and the kept rows in their order. No host sync."""
@@ -173,7 +168,7 @@ class TransformersEngine:
         positions = torch.cat([self.text_positions, *[s[2] for s in selections]], dim=1)[:, order]
         if self.deep_rows is None:
             return Inputs(embeds, positions, {})
-        starts = [sum(g.num_tokens for g in self.prompt.grids[:n]) for n in range(len(selections))]
+        starts = [sum(len(slots) for slots in self.slots[:n]) for n in range(len(selections))]
         indices = torch.cat([s[0] + start for s, start in zip(selections, starts, strict=True)])
         # Places of the kept rows in the shorter prompt.
         places = order.argsort()[len(self.text_slots) :]
@@ -181,9 +176,12 @@ class TransformersEngine:
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
         """[V] logits of the first token."""
-        out = self.text(
-            inputs_embeds=inputs.embeds[None], position_ids=inputs.positions[:, None], use_cache=True, **inputs.extras
-        )
+        positions, extras = inputs.positions[:, None], inputs.extras
+        if self.one_axis:
+            # The mask matters: without one transformers takes gaps in 1-D positions for packed sequences.
+            positions = inputs.positions[:1]
+            extras = {"attention_mask": torch.ones_like(positions)}
+        out = self.text(inputs_embeds=inputs.embeds[None], position_ids=positions, use_cache=True, **extras)
         logits: torch.Tensor = self.head(out.last_hidden_state[0, -1])
         return logits
 
@@ -227,8 +225,8 @@ class TransformersEngine:
     def _check_one(self, ratio: float, name: str) -> None:
         selections = self.compress(ratio, name)
         inputs, want = self.assemble(selections), [self.text_slots]
-        for grid, slots, (indices, _, _) in zip(self.prompt.grids, self.slots, selections, strict=True):
-            keep = self.prepared.preset.retained_of(grid, ratio)
+        for layout, slots, (indices, _, _) in zip(self.prompt.layouts, self.slots, selections, strict=True):
+            keep = self.prepared.preset.retained_of(layout.grid, ratio)
             if indices.shape != (keep,) or not bool((indices[1:] > indices[:-1]).all()):
                 raise CheckError(f"{name} at {ratio} kept {len(indices)} tokens instead of {keep}, or not in order")
             want.append(slots[indices])

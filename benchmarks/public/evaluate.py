@@ -15,7 +15,7 @@ from benchmarks.public.answers import Answers, ratio_name
 from benchmarks.public.formats import Question, find_video
 from benchmarks.public.prompts import prompt
 from score_vllm.client import (
-    Client,
+    Endpoint,
     NotCompressed,
     RequestFailed,
     chat_body,
@@ -25,6 +25,8 @@ from score_vllm.client import (
 )
 
 SEND = ("file", "base64", "url")
+# Which of LLaVA-Video's newlines stay: every row's, or those of rows that keep a token (FastVID's and HoliTom's rule).
+NEWLINES = ("all", "kept-rows")
 PROBED_VIDEOS = 5
 
 
@@ -98,7 +100,7 @@ class Plan:
         )
 
 
-async def probe(client: Client, plan: Plan) -> dict[str, Any]:
+async def probe(client: Endpoint, plan: Plan) -> dict[str, Any]:
     """Ask one question at every ratio, to see whether the server compresses (:func:`compressed_lengths`).
 
     Returns:
@@ -126,7 +128,7 @@ async def probe(client: Client, plan: Plan) -> dict[str, Any]:
     return {}
 
 
-async def ask_one(client: Client, plan: Plan, question: Question, ratio: float | None) -> dict[str, Any]:
+async def ask_one(client: Endpoint, plan: Plan, question: Question, ratio: float | None) -> dict[str, Any]:
     """The record of one request, for :class:`Answers`."""
     record: dict[str, Any] = {"ratio": ratio_name(ratio), "id": question.id}
     path = find_video(plan.videos.root, question)
@@ -147,7 +149,7 @@ async def ask_one(client: Client, plan: Plan, question: Question, ratio: float |
     }
 
 
-async def ask_all(client: Client, plan: Plan, answers: Answers, concurrency: int) -> bool:
+async def ask_all(client: Endpoint, plan: Plan, answers: Answers, concurrency: int) -> bool:
     """Ask what has no answer yet, with a progress bar; every answer is in the file as soon as it came.
 
     Returns:

@@ -16,13 +16,13 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, RUNS, at_least
 from benchmarks.public.answers import Answers, ratio_name
-from benchmarks.public.evaluate import SEND, Plan, Videos, ask_all, probe
+from benchmarks.public.evaluate import NEWLINES, SEND, Plan, Videos, ask_all, probe
 from benchmarks.public.formats import SETS, digest, read_questions
 from benchmarks.public.prompts import VARIANTS
 from benchmarks.public.rows import FormatError
 from benchmarks.public.scoring import Score, score
 from benchmarks.report import publish
-from score_vllm.client import Client, RequestFailed
+from score_vllm.client import Client, Endpoint, RequestFailed
 
 SHOWN_FAILURES = 20
 
@@ -76,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=at_least(1), default=1800, help="seconds for one attempt")
     add("--max-failures", type=at_least(1), default=50, help="stop after this many failed requests")
     add("--allow-failures", action="store_true", help="score the answered questions even where requests failed")
+    add("--transformers", type=Path, metavar="DIR", help="ask this checkpoint in this process, not an endpoint")
+    add("--policy", default=None, help="--transformers: directory of its retention policy")
+    add(
+        "--newlines",
+        choices=NEWLINES,
+        default="all",
+        help="--transformers: LLaVA-Video's newlines; kept-rows: those of rows that keep a token (FastVID's rule)",
+    )
     add("--no-probe", action="store_true", help="do not verify that the server compresses (the results say so)")
     add(
         "--output",
@@ -89,6 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _videos(args: argparse.Namespace) -> Videos:
     if not args.videos.is_dir():
         raise FormatError(f"--videos must be a folder, got {args.videos}")
+    if args.transformers is None and (args.policy is not None or args.newlines != "all"):
+        raise FormatError("--policy and --newlines go with --transformers")
+    if args.transformers is not None and args.send == "url":
+        raise FormatError("--send url goes with an endpoint, not with --transformers")
     if (args.send == "url") != (args.video_base_url is not None):
         raise FormatError("--send url and --video-base-url go together")
     if args.server_videos is not None and args.send != "file":
@@ -114,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
 
 
-async def only_model(client: Client) -> str:
+async def only_model(client: Endpoint) -> str:
     """The name of the one model that the endpoint serves.
 
     Raises:
@@ -126,6 +138,19 @@ async def only_model(client: Client) -> str:
     return names[0]
 
 
+def connect(args: argparse.Namespace) -> Any:
+    """What is asked: an endpoint, or a checkpoint in this process."""
+    if args.transformers is None:
+        return Client(args.base_url, args.api_key, timeout=args.timeout, retries=args.retries)
+    import torch
+
+    from benchmarks.in_process import InProcess
+
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    return InProcess(args.transformers, args.policy, args.newlines, dtype, "cuda" if gpu else "cpu")
+
+
 async def _main(args: argparse.Namespace, videos: Videos) -> int:
     chosen = SETS[args.benchmark]
     questions = read_questions(args.benchmark, args.data)
@@ -134,7 +159,7 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
         print(f"note: {len(questions)} questions here, {chosen.size} in the published set", file=sys.stderr)
     questions = questions[: args.limit]
     ratios = list(dict.fromkeys(args.retention_ratio))
-    async with Client(args.base_url, args.api_key, timeout=args.timeout, retries=args.retries) as client:
+    async with connect(args) as client:
         model = args.model or await only_model(client)
         fields = model, args.retention_method, args.prompt, args.max_tokens, args.max_failures, videos
         given = {"video_fps": args.video_fps, "video_max_frames": args.video_max_frames}
@@ -147,12 +172,13 @@ async def _main(args: argparse.Namespace, videos: Videos) -> int:
         configuration = {
             "benchmark": args.benchmark,
             "questions": content,
-            "base_url": args.base_url.rstrip("/"),
+            "base_url": client.base_url,
             "model": model,
             "retention_method": args.retention_method,
             "prompt": args.prompt,
             "max_tokens": args.max_tokens,
             **reading,
+            **({} if args.transformers is None else {"newlines": args.newlines, "policy": args.policy}),
         }
         answers = Answers(args.answers or output.with_suffix(".answers.jsonl"), configuration)
         try:

@@ -23,8 +23,8 @@ HEADER = [
     "FLOP bound",
 ]
 # In this order; results of other models follow by name.
-ORDER = ("tiny", "demo", "paper", "qwen3-vl-8b")
-GPU_PRESETS = ("paper", "qwen3-vl-8b")
+GPU_PRESETS = ("paper", "qwen3-vl-8b", "qwen3.5-9b", "llava-video-7b")
+ORDER = ("tiny", "demo", *GPU_PRESETS)
 
 
 def ran(document: Document) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def empty_part(name: str) -> str:
     """What a GPU has still to run: tokens and FLOP bounds follow from the shapes alone."""
     preset = load_preset(name)
     raw = json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))["config"]
-    shape, text = TextShape.from_config(raw), preset.text_tokens + preset.structure_tokens(raw["model_type"])
+    shape, text = TextShape.from_config(raw), preset.text_tokens + preset.structure_tokens(raw)
     retained = [preset.retained_tokens(ratio) for ratio in PAPER_RATIOS]
     ratios = " / ".join(f"{100 * ratio:g}" for ratio in PAPER_RATIOS)
     tokens = " / ".join(f"{visual:,}" for visual in retained)

@@ -1,9 +1,10 @@
 """Does the server answer as the transformers path does? Held-out clips as files through score-serve, one question each.
 
     python -m benchmarks.world.served_agreement
+    python -m benchmarks.world.served_agreement --model path/to/checkpoint --policy path/to/policy
 
-The served text is right for this purpose when it is exactly what greedy decoding of the transformers path gives for
-the same file, selection and question: every token of it (end of turn included) must be that path's first choice.
+The served text must be exactly what greedy decoding of the transformers path gives for the same file, selection and
+question, to the same number of tokens. Any supported family; only the demo's answers can be right, too.
 """
 
 from __future__ import annotations
@@ -17,41 +18,69 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.harness import RESULTS, at_least, ratios, script_parser
+from benchmarks.harness import RESULTS, RUNS, at_least, ratios, script_parser
+from benchmarks.in_process import InProcess
 from benchmarks.report import publish
 from benchmarks.serving.process import free_port, running_process
-from score_vllm import RetentionPolicy, select_tokens
-from score_vllm.client import Client, chat_body, user_message
+from score_vllm.client import Client, Endpoint, Reply, chat_body, user_message
 from score_vllm.demo import ensure_demo
-from score_vllm.train.world.language_stage import Words, forward
-from score_vllm.train.world.question_blocks import blocks_right
 from score_vllm.train.world.render import render, write_clip
 from score_vllm.train.world.scenes import make_clip
-from score_vllm.video import decode_video
-from score_vllm.vision.tower import VisionTower
+
+MODEL = "served"
+MAX_TOKENS = 80
 
 
 @contextlib.contextmanager
-def served(model: str, media: Path) -> Iterator[str]:
+def served(model: str, policy: str | None, media: Path) -> Iterator[str]:
     """A score-serve in float32 on a free port; yields its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "score_vllm.server.cli", "--model", model, "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--allowed-local-media-path", str(media)]
+    command += ["--served-model-name", MODEL, *(["--policy", policy] if policy else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with running_process(command, url, media / "server.log", environment):
         yield url
 
 
-async def ask(url: str, clip: Path, question: str, ratio: float) -> tuple[str, dict[str, Any]]:
-    """The served answer, and what the server says it kept."""
+async def ask(endpoint: Endpoint, clip: Path, question: str, ratio: float) -> Reply:
+    """The answer about a file, with what was kept."""
     messages = [user_message(clip.as_uri(), question)]
-    async with Client(f"{url}/v1") as client:
-        reply = await client.chat(chat_body("demo", messages, max_tokens=80, retention_ratio=ratio))
-    return reply.text or "", (reply.score or {})["videos"][0]
+    return await endpoint.chat(chat_body(MODEL, messages, max_tokens=MAX_TOKENS, retention_ratio=ratio))
+
+
+def same(served_reply: Reply, own: Reply) -> bool:
+    """True where texts and numbers of tokens agree.
+
+    Raises:
+        SystemExit: the two did not keep the same number of tokens of the same grid.
+    """
+    counts = [(reply.score or {})["videos"][0] for reply in (served_reply, own)]
+    for name in ("grid", "retained_tokens", "structure_tokens"):
+        if counts[0][name] != counts[1][name]:
+            raise SystemExit(f"{name}: served {counts[0][name]}, expected {counts[1][name]}")
+    if served_reply.prompt_tokens != own.prompt_tokens:
+        raise SystemExit(f"prompt tokens: served {served_reply.prompt_tokens}, expected {own.prompt_tokens}")
+    return served_reply.text == own.text
+
+
+async def compare(url: str, own: InProcess, args: Any, media: Path) -> list[dict[str, Any]]:
+    """A row per ratio: answers that agree, and that are right."""
+    counts = {ratio: {"agree": 0, "right": 0} for ratio in args.ratios}
+    async with Client(f"{url}/v1") as client, own:
+        for index in tqdm(range(args.clips), desc="clips", unit="clip"):
+            scene, asked = make_clip("held_out", index)
+            clip = media / f"{index}.mp4"
+            write_clip(render(scene).frames, clip)
+            for ratio in args.ratios:
+                replies = [await ask(endpoint, clip, asked[0].text, ratio) for endpoint in (client, own)]
+                counts[ratio]["agree"] += same(*replies)
+                counts[ratio]["right"] += replies[0].text == asked[0].answer
+            clip.unlink()
+    return [{"retention_ratio": ratio, "clips": args.clips, **counts[ratio]} for ratio in args.ratios]
 
 
 def main() -> None:
@@ -59,36 +88,17 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--clips", type=at_least(1), default=100)
     parser.add_argument("--ratios", type=ratios, default="1,0.25,0.1", help="with commas between")
-    parser.add_argument("--output", type=Path, default=RESULTS / "served_agreement.json")
+    parser.add_argument("--model", default="demo", help="the demo, or a checkpoint's directory")
+    parser.add_argument("--policy", help="--model: directory of its retention policy; without one vidcom2 selects")
+    parser.add_argument("--output", type=Path, help="default: in results/ for the demo, else in runs/")
     args = parser.parse_args()
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-
-    model_path, policy_path = ensure_demo()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_path, dtype=torch.float32).eval()
-    words = Words(AutoTokenizer.from_pretrained(model_path))
-    tower, policy = VisionTower(model_path), RetentionPolicy.from_pretrained(policy_path)
-    counts = {ratio: {"agree": 0, "right": 0} for ratio in args.ratios}
-    with tempfile.TemporaryDirectory() as folder:
-        media = Path(folder)
-        with served("demo", media) as url:
-            for index in tqdm(range(args.clips), desc="clips", unit="clip"):
-                scene, asked = make_clip("held_out", index)
-                clip = media / f"{index}.mp4"
-                write_clip(render(scene).frames, clip)
-                x, grid = tower.encode(decode_video(clip.read_bytes()).frames)
-                for ratio in args.ratios:
-                    text, kept = asyncio.run(ask(url, clip, asked[0].text, ratio))
-                    made = select_tokens(x, ratio, "score", policy)
-                    if kept["retained_tokens"] != made.num_retained or kept["grid"] != [grid.t, grid.h, grid.w]:
-                        raise SystemExit(f"clip {index}: served {kept}, expected {made.num_retained} of {grid}")
-                    blocks = [[words.block(asked[0].text, text)]]
-                    with torch.inference_mode():
-                        logits, packed = forward(model, words, grid, [made.embeddings], [made.indices], blocks)
-                    counts[ratio]["agree"] += int(blocks_right(logits, packed)[0])
-                    counts[ratio]["right"] += text == asked[0].answer
-                clip.unlink()
-    rows = [{"retention_ratio": ratio, "clips": args.clips, **counts[ratio]} for ratio in args.ratios]
-    publish("served_agreement", args.output, rows)
+    demo = args.model == "demo"
+    model, policy = map(str, ensure_demo()) if demo else (args.model, args.policy)
+    output = args.output or (RESULTS if demo else RUNS) / "served_agreement.json"
+    own = InProcess(model, policy)
+    with tempfile.TemporaryDirectory() as folder, served(args.model, args.policy, Path(folder)) as url:
+        rows = asyncio.run(compare(url, own, args, Path(folder)))
+    publish("served_agreement", output, rows, model=args.model)
 
 
 if __name__ == "__main__":

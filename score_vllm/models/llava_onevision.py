@@ -58,7 +58,7 @@ class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMult
         super().__init__(info, dummy_inputs)
         self._setup_compression(info.get_hf_processor().video_token)
 
-    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
+    def video_layouts(self, data: Mapping[str, Any], items: Any) -> list[VideoLayout]:
         """From the number of frames of each video."""
         config = self.info.get_hf_config()
         return [frames_layout(config, len(frames)) for frames in data.get("pixel_values_videos", ())]

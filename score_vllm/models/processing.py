@@ -110,8 +110,13 @@ class CompressionProcessorMixin:
     # vLLM's rotary table of this family holds this many times max_position_embeddings.
     rotary_table_factor = 4
 
-    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
-        """The span of each video in the output of the family's Hugging Face processor; empty where it has none."""
+    def video_layouts(self, data: Mapping[str, Any], items: Any) -> list[VideoLayout]:
+        """The span of each video; empty where there is none.
+
+        Args:
+            data: output of the family's Hugging Face processor.
+            items: the same videos as vLLM holds them, with their metadata; None where there are none.
+        """
         raise NotImplementedError
 
     def video_pixels(self, data: Mapping[str, Any], layouts: Sequence[VideoLayout]) -> list[torch.Tensor | None]:
@@ -124,11 +129,14 @@ class CompressionProcessorMixin:
             pixels = pixels.split(counts)
         return [one.reshape(layout.grid.t, -1, one.shape[-1]) for one, layout in zip(pixels, layouts, strict=True)]
 
-    def _setup_compression(self, video_token: str) -> None:
+    def _setup_compression(self, video_token: str, row_token: str | None = None) -> None:
+        """``row_token`` stands in the prompt for a vision row, where that is not ``video_token``."""
         info: Any = self.info  # type: ignore[attr-defined]
         config = info.get_hf_config()
         self.serving = ServingConfig.from_hf_config(config)
-        self._video_token_id = info.get_tokenizer().get_vocab()[video_token]
+        vocabulary = info.get_tokenizer().get_vocab()
+        self._video_token_id = vocabulary[video_token]
+        self._row_token_id = vocabulary[row_token or video_token]
         model_config = info.ctx.model_config
         self._max_length = model_config.max_model_len
         self._max_position = model_config.hf_text_config.max_position_embeddings * self.rotary_table_factor
@@ -262,7 +270,7 @@ class CompressionProcessorMixin:
             if self.serving is None or error.__cause__ is None:
                 raise
             raise ValueError(f"the model's processor refused a video or image: {error.__cause__}") from error
-        if self.serving is not None and (layouts := self.video_layouts(data)):
+        if self.serving is not None and (layouts := self.video_layouts(data, mm_items.get("video"))):
             for layout in layouts:
                 info.video_limit.check(layout.grid)
             pairs = zip(layouts, specs, strict=True)
@@ -303,8 +311,8 @@ class CompressionProcessorMixin:
             report = VideoReport(layout.grid, kept, spec, layout.extent, structure, read, ticket)
             # Which vision rows stand between the structure rows is known only after the tower: the ids of the span are
             # right as a multiset, not in order. Nothing reads them but the embedding, which overwrites them.
-            ids = [self._video_token_id if token == LEARNED else int(token) for token in layout.ids]
-            return _CompressedPlaceholder(full=ids + [self._video_token_id] * kept, report=report)
+            ids = [self._row_token_id if token == LEARNED else int(token) for token in layout.ids]
+            return _CompressedPlaceholder(full=ids + [self._row_token_id] * kept, report=report)
 
         video = PromptReplacement(modality="video", target=[self._video_token_id], replacement=placeholders)
         return [update for update in updates if update.modality != "video"] + [video]

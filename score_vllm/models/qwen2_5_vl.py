@@ -35,7 +35,7 @@ class ScoreQwen2_5_VLProcessor(CompressionProcessorMixin, Qwen2_5_VLMultiModalPr
         super().__init__(info, dummy_inputs)
         self._setup_compression(info.get_hf_processor().video_token)
 
-    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
+    def video_layouts(self, data: Mapping[str, Any], items: Any) -> list[VideoLayout]:
         """No structure rows; positions per cell are seconds per cell times tokens per second."""
         vision = self.info.get_hf_config().vision_config
         grids = [grid_of(thw, vision.spatial_merge_size) for thw in data.get("video_grid_thw", ())]

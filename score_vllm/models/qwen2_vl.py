@@ -35,7 +35,7 @@ class ScoreQwen2VLProcessor(CompressionProcessorMixin, Qwen2VLMultiModalProcesso
         super().__init__(info, dummy_inputs)
         self._setup_compression(info.get_hf_processor().video_token)
 
-    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
+    def video_layouts(self, data: Mapping[str, Any], items: Any) -> list[VideoLayout]:
         """No structure rows."""
         merge_size = self.info.get_hf_config().vision_config.spatial_merge_size
         return [grid_layout(grid_of(thw, merge_size), 1.0) for thw in data.get("video_grid_thw", ())]

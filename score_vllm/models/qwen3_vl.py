@@ -72,7 +72,7 @@ class ScoreQwen3VLProcessor(CompressionProcessorMixin, Qwen3VLMultiModalProcesso
         super().__init__(info, dummy_inputs)
         self._setup_compression(info.get_hf_processor().video_token)
 
-    def video_layouts(self, data: Mapping[str, Any]) -> list[VideoLayout]:
+    def video_layouts(self, data: Mapping[str, Any], items: Any) -> list[VideoLayout]:
         """From patch grids and the timestamps of the cells."""
         merge_size = self.info.get_hf_config().vision_config.spatial_merge_size
         pairs = zip(data.get("video_grid_thw", ()), data.get("timestamps", ()), strict=True)

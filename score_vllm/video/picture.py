@@ -21,6 +21,8 @@ _SCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL
 _MAX_SAMPLE_ASPECT = 10
 # Qwen's processors refuse longer shapes.
 _MAX_ASPECT = 200
+# Video processors whose limits are of all frames together.
+_WHOLE_VIDEO = ("Qwen3VLVideoProcessor", "Glm4vVideoProcessor", "Glm46VVideoProcessor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Resize:
     Attributes:
         factor: sides are multiples of it (patch size times merge size).
         min_pixels, max_pixels: of a frame, or of all frames together where ``whole_video``.
-        whole_video: Qwen3-VL's rule; else Qwen2-VL's and Qwen2.5-VL's.
+        whole_video: Qwen3-VL's and GLM's rule; else Qwen2-VL's and Qwen2.5-VL's.
         temporal_factor: frames per temporal patch.
         token_cap: ``max_video_tokens`` of a processor with ``cap_pixels_per_frame``; 0: no cap.
     """
@@ -46,15 +48,15 @@ class Resize:
     def for_processor(cls, processor: Any) -> Resize | None:
         """The rule of a transformers video processor; None for a kind that is not known (frames stay unscaled)."""
         kind = type(processor).__name__
-        if kind not in ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor") or not processor.do_resize:
+        if kind not in ("Qwen2VLVideoProcessor", *_WHOLE_VIDEO) or not processor.do_resize:
             return None
         return cls(
             factor=processor.patch_size * processor.merge_size,
             min_pixels=int(processor.size["shortest_edge"]),
             max_pixels=int(processor.size["longest_edge"]),
-            whole_video=kind == "Qwen3VLVideoProcessor",
+            whole_video=kind in _WHOLE_VIDEO,
             temporal_factor=processor.temporal_patch_size,
-            token_cap=int(processor.max_video_tokens) if processor.cap_pixels_per_frame else 0,
+            token_cap=int(processor.max_video_tokens) if getattr(processor, "cap_pixels_per_frame", False) else 0,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from score_vllm.types import VideoGrid
+from score_vllm.vision.internvl import merge_size, units
 from score_vllm.vision.pooling import pool_frames
 
 
@@ -153,3 +154,29 @@ class SiglipSaliency:
         self._captured = None
         patches = {kind: KINDS[kind](query, key, grid.t, 1) / self._heads for kind in kinds}
         return {kind: pool_frames(self._config, mean[..., None])[..., 0] for kind, mean in patches.items()}
+
+
+class InternVLSaliency:
+    """Listens to the last layer of transformers' InternViT; its class token is left out.
+
+    Args:
+        tower: the model's ``vision_tower``; hooks are added.
+        config: the model's.
+    """
+
+    def __init__(self, tower: Any, config: Any) -> None:
+        self._config = config
+        self._heads: int = config.vision_config.num_attention_heads
+        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
+        tower.encoder.layer[-1].attention.register_forward_pre_hook(self._keep)
+
+    def _keep(self, attention: Any, args: tuple[Any, ...]) -> None:
+        self._captured = attention.q_norm(attention.q_proj(args[0])), attention.k_norm(attention.k_proj(args[0]))
+
+    def take(self, patch_grid: torch.Tensor, grid: VideoGrid, kinds: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Saliency of the frames that the tower has just seen: [T, N] of each kind."""
+        assert self._captured is not None, "the tower has not run"
+        query, key = (units(tensor.unflatten(-1, (self._heads, -1)), self._config) for tensor in self._captured)
+        self._captured = None
+        merge_unit = merge_size(self._config) ** 2
+        return {kind: KINDS[kind](query, key, grid.t, merge_unit) / self._heads for kind in kinds}

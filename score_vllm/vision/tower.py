@@ -13,13 +13,18 @@ import torch
 from score_vllm.layout import VideoLayout, grid_layout, timestamped_layout
 from score_vllm.types import VideoGrid
 from score_vllm.video import Resize
+from score_vllm.vision.glm import cell_seconds, glm_layout
+from score_vllm.vision.internvl import frame_side, internvl_layout
 from score_vllm.vision.pooling import frames_layout, pool_frames
-from score_vllm.vision.saliency import SALIENCY_KINDS, SiglipSaliency, TowerSaliency
+from score_vllm.vision.saliency import SALIENCY_KINDS, InternVLSaliency, SiglipSaliency, TowerSaliency
 
 # transformers' model types whose towers read patches of two frames at a time.
 QWEN_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+GLM_TYPES = ("glm4v", "glm4v_moe")
+# And those whose towers read square frames of one size.
 LLAVA_TYPES = ("llava_onevision",)
-MODEL_TYPES = (*QWEN_TYPES, *LLAVA_TYPES)
+INTERNVL_TYPES = ("internvl",)
+MODEL_TYPES = (*QWEN_TYPES, *GLM_TYPES, *LLAVA_TYPES, *INTERNVL_TYPES)
 # Each cell stands after its time in words.
 TIMESTAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
@@ -63,17 +68,19 @@ class VisionTower:
         self.processor: Any = processor.video_processor
         # For decode_video: frames of the size that the processor would make of them.
         self.resize = Resize.for_processor(self.processor)
-        self._tokenizer: Any = processor.tokenizer
+        self._text_processor: Any = processor
+        self._encode_text = partial(processor.tokenizer.encode, add_special_tokens=False)
         whole = loaded or AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
         self._core: Any = whole.model
-        self.tower: Any = self._core.vision_tower if self.kind in LLAVA_TYPES else self._core.visual
+        self.square_frames: bool = self.kind in (*LLAVA_TYPES, *INTERNVL_TYPES)
+        self.tower: Any = self._core.vision_tower if self.square_frames else self._core.visual
         self.tower.eval().to(device)
-        if self.kind in LLAVA_TYPES:
+        if self.square_frames:
             self._core.multi_modal_projector.eval().to(device)
         self.hidden_size: int = config.get_text_config().hidden_size
         self._device = device
         self._dtype = dtype
-        self._saliency: TowerSaliency | SiglipSaliency | None = None
+        self._saliency: TowerSaliency | SiglipSaliency | InternVLSaliency | None = None
 
     def encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid]:
         """Tokens of one video, as methods read them.
@@ -117,30 +124,39 @@ class VisionTower:
             ValueError: the frames have another shape or dtype.
         """
         if self._saliency is None:
-            llava = self.kind in LLAVA_TYPES
-            self._saliency = SiglipSaliency(self.tower, self.config) if llava else TowerSaliency(self.tower)
+            if self.kind in INTERNVL_TYPES:
+                self._saliency = InternVLSaliency(self.tower, self.config)
+            elif self.kind in LLAVA_TYPES:
+                self._saliency = SiglipSaliency(self.tower, self.config)
+            else:
+                self._saliency = TowerSaliency(self.tower)
         rows, grid, patch_grid = self._encode(frames)
         return rows[..., : self.hidden_size], grid, self._saliency.take(patch_grid, grid, kinds)
 
-    def layout(self, grid: VideoGrid, num_frames: int, fps: float) -> VideoLayout:
+    def layout(self, grid: VideoGrid, num_frames: int, fps: float, times: Sequence[float] | None = None) -> VideoLayout:
         """The span of a video in the prompt.
 
         Args:
             grid: of the video.
             num_frames: F, frames given to the tower.
             fps: of those frames.
+            times: seconds of each frame; None: evenly, from 0.
         """
+        seconds = [frame / fps for frame in range(num_frames)] if times is None else times
         if self.kind in LLAVA_TYPES:
             return frames_layout(self.config, num_frames)
+        if self.kind in INTERNVL_TYPES:
+            return internvl_layout(num_frames, self._encode_text, self.config, self._text_processor)
+        if self.kind in GLM_TYPES:
+            return glm_layout(grid, cell_seconds(seconds, grid.t), self._encode_text, self.config, self._text_processor)
         if self.kind not in TIMESTAMPED:
             vision = self.config.vision_config
-            seconds = vision.temporal_patch_size / fps
-            return grid_layout(grid, seconds * vision.tokens_per_second if self.kind == "qwen2_5_vl" else 1.0)
-        # A cell stands midway between its frames.
-        times = np.minimum(np.arange(2 * grid.t), num_frames - 1).reshape(grid.t, 2).mean(1) / fps
-        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+            per_cell = vision.temporal_patch_size / fps
+            return grid_layout(grid, per_cell * vision.tokens_per_second if self.kind == "qwen2_5_vl" else 1.0)
+        # A cell stands midway between its frames; an odd last one is doubled.
+        pairs = np.asarray(seconds)[np.minimum(np.arange(2 * grid.t), num_frames - 1)].reshape(grid.t, 2)
         markers = self.config.vision_start_token_id, self.config.vision_end_token_id
-        return timestamped_layout(grid, times.tolist(), encode, *markers)
+        return timestamped_layout(grid, pairs.mean(1).tolist(), self._encode_text, *markers)
 
     def _encode(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
@@ -148,9 +164,9 @@ class VisionTower:
         if self.resize is not None:
             self.resize.size(*frames.shape[:3])  # a shape that the processor refuses, in one sentence
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        if self.kind in LLAVA_TYPES:
-            return self._encode_llava(video)
-        options = {"do_sample_frames": False} if self.kind in TIMESTAMPED else {}
+        if self.square_frames:
+            return self._encode_square(video)
+        options = {"do_sample_frames": False} if self.kind in (*TIMESTAMPED, *GLM_TYPES) else {}
         inputs = self.processor([video], return_tensors="pt", **options)
         thw = inputs["video_grid_thw"]
         pixels = inputs["pixel_values_videos"].to(self._device, self._dtype)
@@ -161,9 +177,12 @@ class VisionTower:
         rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or [])], dim=1)
         return rows.view(grid.t, grid.tokens_per_frame, -1), grid, thw
 
-    def _encode_llava(self, video: torch.Tensor) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
-        pixels = self.processor([video], return_tensors="pt")["pixel_values_videos"][0]
-        hidden = self.tower(pixels.to(self._device, self._dtype), output_hidden_states=True).hidden_states
+    def _encode_square(self, video: torch.Tensor) -> tuple[torch.Tensor, VideoGrid, torch.Tensor]:
+        pixels = self.processor([video], return_tensors="pt")["pixel_values_videos"][0].to(self._device, self._dtype)
+        if self.kind in INTERNVL_TYPES:
+            x, side = self._core.get_image_features(pixels).pooler_output, frame_side(self.config)
+            return x, VideoGrid(len(x), side, side), torch.tensor([[len(x), side, side]])
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
         features = self._core.multi_modal_projector(hidden[self.config.vision_feature_layer])
         x = pool_frames(self.config, features)
         side = round(x.shape[1] ** 0.5)

@@ -1,11 +1,12 @@
 """The oracle of each family: transformers' own model on the kept rows of the unpruned prompt, at their positions.
 
 The unpruned prompt comes from the family's own processor and rope function where it has them, and is written out by
-hand for LLaVA; nothing is shared with the package. Vision rows are those that the engine's tower made.
+hand for LLaVA and InternVL; nothing is shared with the package. Vision rows are those that the engine's tower made.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 import transformers as tf
 
 from .oracle import VisualItem, unpruned_positions
+
+# Families whose language model has 1-D positions.
+ONE_AXIS = ("llava", "internvl")
 
 
 @dataclass
@@ -60,9 +64,11 @@ class Oracle:
         pictures = [x.float() for x in seen.images]
         if self.family.startswith("llava"):
             return self._llava(prompt, videos, rows, pictures)
-        return self._qwen(prompt, videos, images, rows, pictures)
+        if self.family == "internvl":
+            return self._internvl(prompt, videos, rows, pictures)
+        return self._patch_grids(prompt, videos, images, rows, pictures)
 
-    def _qwen(self, prompt: str, videos: Any, images: Any, rows: Any, pictures: Any) -> Unpruned:
+    def _patch_grids(self, prompt: str, videos: Any, images: Any, rows: Any, pictures: Any) -> Unpruned:
         given: dict[str, Any] = {}
         if videos:
             given["videos"] = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames, _ in videos]
@@ -83,6 +89,9 @@ class Oracle:
                 inputs["input_ids"], inputs["mm_token_type_ids"], attention_mask=inputs["attention_mask"], **grids
             )[0][:, 0]
         video, image = ids == config.video_token_id, ids == config.image_token_id
+        if self.family.startswith("glm4v"):  # frames take the image's token
+            types = inputs["mm_token_type_ids"][0]
+            video, image = types == 2, types == 1
         width = self.embed.weight.shape[1]
         embeds = self.embed(ids)
         every = torch.zeros(len(ids), rows[0].shape[1] if rows else width)
@@ -144,6 +153,37 @@ class Oracle:
         joined = torch.cat(embeds)
         return Unpruned(joined, torch.arange(len(joined)).expand(3, -1).clone(), torch.tensor(vision))
 
+    def _internvl(self, prompt: str, videos: Any, rows: Any, pictures: Any) -> Unpruned:
+        """Each video as one text with a token per row of the tower, each image as another."""
+        processor = self.processor
+        tokens = processor.image_token, processor.video_token
+        left, pictures_left, number, owners, visual = iter(rows), iter(pictures), -1, list[int](), list[Any]()
+        text = ""
+        for part in re.split(f"({'|'.join(map(re.escape, tokens))})", prompt):
+            if part == processor.video_token:
+                number += 1
+                x = next(left)
+                count = len(videos[number][0])
+                frame = processor.image_token * (len(x) // count)
+                frames = [f"Frame{i}: <img>{frame}</img>" for i in range(1, count + 1)]
+                text += "\n".join(frames)
+                owners += [number] * len(x)
+                visual.append(x)
+            elif part == processor.image_token:
+                x = next(pictures_left)
+                text += f"<img>{processor.image_token * len(x)}</img>"
+                owners += [-1] * len(x)
+                visual.append(x)
+            else:
+                text += part
+        ids = torch.tensor(self.tokenizer(text).input_ids)
+        slots = ids == processor.image_token_id
+        embeds, vision = self.embed(ids), torch.full((len(ids),), -1)
+        if visual:
+            embeds[slots] = torch.cat(visual)
+            vision[slots] = torch.tensor(owners)
+        return Unpruned(embeds, torch.arange(len(ids)).expand(3, -1).clone(), vision)
+
     @torch.no_grad()
     def greedy(
         self, prompt: Unpruned, kept: list[torch.Tensor], num_tokens: int, merged: list[torch.Tensor] | None = None
@@ -190,7 +230,7 @@ class Oracle:
         """[n, D] final hidden states of a pruned prompt."""
         # The mask matters: without one transformers takes gaps in 1-D positions for packed sequences.
         given: dict[str, Any] = {"attention_mask": torch.ones(1, len(rows), dtype=torch.int64), "use_cache": False}
-        given["position_ids"] = positions[:1] if self.family.startswith("llava") else positions[:, None]
+        given["position_ids"] = positions[:1] if self.family.startswith(ONE_AXIS) else positions[:, None]
         if levels:
             given["visual_pos_masks"] = visual[None]
             given["deepstack_visual_embeds"] = [level[visual] for level in levels]

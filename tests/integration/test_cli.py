@@ -324,6 +324,18 @@ def test_architectures_that_cannot_be_exact_are_refused_with_the_reason(
     assert REFUSED[name] in str(refused.value)
 
 
+def test_a_checkpoint_that_brings_its_own_code_is_refused_with_the_reason(parser: Any, tmp_path: Path) -> None:
+    """Transformers cannot read its configuration."""
+    config = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}
+    config["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(catalog.UsageError, match=r"is a InternVLChatModel, which is not supported: .*-HF"):
+        configure(parser, "--model", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Unheard"], "model_type": "unheard"}))
+    with pytest.raises(catalog.UsageError, match="cannot read the configuration"):
+        configure(parser, "--model", str(tmp_path))
+
+
 def test_a_policy_of_another_architecture_is_refused(parser: Any, architecture: Any, tmp_path: Path) -> None:
     RetentionPolicy(3584, policy_width=64).save_pretrained(tmp_path / "p")
     model = architecture("LlavaOnevisionForConditionalGeneration")
@@ -334,5 +346,7 @@ def test_a_policy_of_another_architecture_is_refused(parser: Any, architecture: 
 def test_short_names_of_every_family() -> None:
     assert catalog.resolve_model("Qwen3-VL-30B-A3B").path == "Qwen/Qwen3-VL-30B-A3B-Instruct"
     assert catalog.resolve_model("Qwen3.5-9B").path == "Qwen/Qwen3.5-9B"
+    assert catalog.resolve_model("GLM-4.1V-9B").path == "zai-org/GLM-4.1V-9B-Thinking"
+    assert catalog.resolve_model("InternVL3.5-8B").path == "OpenGVLab/InternVL3_5-8B-HF"
     with pytest.raises(catalog.UsageError, match="convert_llava_video"):
         catalog.resolve_model("LLaVA-Video-7B")

@@ -35,6 +35,7 @@ from . import conftest as tier  # noqa: F401  (the environment of in-process eng
 from .capacity import check_capacity
 from .family_oracle import Oracle, random_video
 from .tiny_families import HIDDEN, build_llava, build_policy, build_qwen2_vl, build_qwen3
+from .tiny_glm_internvl import GLM_TOKENS, build_glm, build_internvl
 from .warm_cells import check_warm_cells
 
 QWEN = "<|vision_start|><|{}_pad|><|vision_end|>"
@@ -81,6 +82,7 @@ class Family:
 LLAVA = partial(
     Family, architecture="LlavaOnevisionForConditionalGeneration", pixels=0, image="<image>", video="<video>"
 )
+GLM = {"pixels": 28, "image": "".join(GLM_TOKENS[:3]), "video": "".join(GLM_TOKENS[3:])}
 FAMILIES = {
     "qwen3_vl": Family(partial(build_qwen3, kind="qwen3_vl"), "Qwen3VLForConditionalGeneration", 32),
     "llava_onevision": LLAVA(build_llava),
@@ -92,6 +94,10 @@ FAMILIES = {
         "Qwen3_5ForConditionalGeneration",
         32,
         options={"dtype": "bfloat16"},
+    ),
+    "glm4v": Family(build_glm, "Glm4vForConditionalGeneration", **GLM),
+    "internvl": Family(
+        build_internvl, "InternVLForConditionalGeneration", pixels=0, image="<IMG_CONTEXT>", video="<video>"
     ),
 }
 
@@ -236,7 +242,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     policy = RetentionPolicy.from_pretrained(folder / "policy")
     made = Served(request.param, family, llm, oracle, policy, weights, folder / "model")
     model = made.model
-    compress, process_image = model.compressor.compress, model._process_image_input
+    # InternVL has one method for both kinds; videos come as a tuple.
+    images_by = "_process_image_input" if hasattr(model, "_process_image_input") else "_process_vision_input"
+    compress, process_image = model.compressor.compress, getattr(model, images_by)
 
     def spy_compress(x: torch.Tensor, layout: Any, kept: int, method: str, saliency: Any, learned: Any) -> torch.Tensor:
         made.compressed.append((x.clone(), layout, kept))
@@ -245,11 +253,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     def spy_image(image_input: Any) -> Any:
         out = process_image(image_input)
-        made.images.extend(rows.clone() for rows in out)
+        if not isinstance(image_input, tuple):
+            made.images.extend(rows.clone() for rows in out)
         return out
 
     model.compressor.compress = spy_compress
-    model._process_image_input = spy_image
+    setattr(model, images_by, spy_image)
     if not made.exact:
         made.noise = engine_noise(made)
     yield made
@@ -413,7 +422,7 @@ def test_ratio_one_equals_plain_vllm(served: Served, monkeypatch: pytest.MonkeyP
     processor = served.llm.llm_engine.renderer.get_mm_processor()
     monkeypatch.setattr(processor, "serving", None)
     monkeypatch.setattr(served.model, "compressor", None)
-    if served.name == "llava_onevision":
+    if served.name in ("llava_onevision", "internvl"):
         # Without compression the engine would not ask: a plain runner counts positions as slots.
         monkeypatch.setattr(
             served.model, "get_mrope_input_positions", lambda ids, _: (torch.arange(len(ids)).expand(3, -1), 0)

@@ -26,11 +26,11 @@ SIDE = {"height": 126, "width": 126}
 PINPOINTS = [[126, 126], [126, 252], [252, 126]]
 
 
-def _ids(tokenizer: Any, *more: str) -> dict[str, int]:
+def special_ids(tokenizer: Any, *more: str) -> dict[str, int]:
     return {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL_TOKENS, *more)}
 
 
-def _text(tokenizer: Any, ids: dict[str, int], **changes: Any) -> dict[str, Any]:
+def text_config(tokenizer: Any, ids: dict[str, int], **changes: Any) -> dict[str, Any]:
     return {
         "hidden_size": HIDDEN,
         "intermediate_size": 256,
@@ -49,7 +49,7 @@ def _text(tokenizer: Any, ids: dict[str, int], **changes: Any) -> dict[str, Any]
     }
 
 
-def _write(model: Any, ids: dict[str, int], directory: Path, dtype: str, fix: Callable[..., Any] | None) -> None:
+def write(model: Any, ids: dict[str, int], directory: Path, dtype: str, fix: Callable[..., Any] | None) -> None:
     """Large random weights, so that attention depends on content and position."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,10 +65,10 @@ def _write(model: Any, ids: dict[str, int], directory: Path, dtype: str, fix: Ca
 
 
 def build_qwen3(directory: Path, kind: str, dtype: str = "float32") -> None:
-    """``qwen3_vl``, ``qwen3_vl_moe`` or ``qwen3_5``; 16-pixel patches, 32 pixels a token."""
+    """``qwen3_vl``, ``qwen3_vl_moe``, ``qwen3_5`` or ``qwen3_5_moe``; 16-pixel patches, 32 pixels a token."""
     tokenizer = build_tokenizer()
-    ids = _ids(tokenizer)
-    text = _text(tokenizer, ids, rope_parameters={**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True})
+    ids = special_ids(tokenizer)
+    text = text_config(tokenizer, ids, rope_parameters={**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True})
     vision = {
         "depth": 4,
         "hidden_size": 64,
@@ -94,6 +94,10 @@ def build_qwen3(directory: Path, kind: str, dtype: str = "float32") -> None:
             return name, weight.transpose(1, 2).contiguous() if ".experts." in name and weight.ndim == 3 else weight
     else:
         config_class, model_class = tf.Qwen3_5Config, tf.Qwen3_5ForConditionalGeneration
+        if kind == "qwen3_5_moe":
+            config_class, model_class = tf.Qwen3_5MoeConfig, tf.Qwen3_5MoeForConditionalGeneration
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+            text |= {"shared_expert_intermediate_size": 64}
         vision.pop("deepstack_visual_indexes")
         sections = {"mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
         text |= {"head_dim": 64, "rope_parameters": {**ROPE, **sections}, "full_attention_interval": 2}
@@ -111,7 +115,7 @@ def build_qwen3(directory: Path, kind: str, dtype: str = "float32") -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _write(model_class(config), ids, directory, dtype, fix)
+        write(model_class(config), ids, directory, dtype, fix)
     half = [0.5] * 3
     area = {"shortest_edge": 4 * 32 * 32, "longest_edge": 192 * 32 * 32}
     patches: dict[str, Any] = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
@@ -128,8 +132,8 @@ def build_qwen3(directory: Path, kind: str, dtype: str = "float32") -> None:
 def build_qwen2_vl(directory: Path, dtype: str = "float32") -> None:
     """14-pixel patches, 28 pixels a token."""
     tokenizer = build_tokenizer()
-    ids = _ids(tokenizer)
-    text = _text(tokenizer, ids, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}, num_hidden_layers=2)
+    ids = special_ids(tokenizer)
+    text = text_config(tokenizer, ids, rope_parameters={**ROPE, "mrope_section": [4, 6, 6]}, num_hidden_layers=2)
     text.pop("head_dim")
     config = tf.Qwen2VLConfig(
         text_config=text,
@@ -143,7 +147,7 @@ def build_qwen2_vl(directory: Path, dtype: str = "float32") -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _write(tf.Qwen2VLForConditionalGeneration(config), ids, directory, dtype, None)
+        write(tf.Qwen2VLForConditionalGeneration(config), ids, directory, dtype, None)
     area = {"shortest_edge": 4 * 28 * 28, "longest_edge": 192 * 28 * 28}
     tf.Qwen2VLProcessor(
         image_processor=tf.Qwen2VLImageProcessor(size=area),
@@ -163,8 +167,8 @@ def llava_tokenizer() -> Any:
 def build_llava(directory: Path, dtype: str = "float32", **options: str) -> None:
     """LLaVA-OneVision; LLaVA-Video with ``mm_spatial_pool_mode`` and ``mm_newline_position``."""
     tokenizer = llava_tokenizer()
-    ids = _ids(tokenizer, "<image>", "<video>")
-    text = _text(tokenizer, ids, model_type="qwen2", rope_parameters=ROPE, num_hidden_layers=3)
+    ids = special_ids(tokenizer, "<image>", "<video>")
+    text = text_config(tokenizer, ids, model_type="qwen2", rope_parameters=ROPE, num_hidden_layers=3)
     text.pop("head_dim")
     config = tf.LlavaOnevisionConfig(
         text_config=text,
@@ -195,7 +199,7 @@ def build_llava(directory: Path, dtype: str = "float32", **options: str) -> None
         torch.manual_seed(0)
         model = tf.LlavaOnevisionForConditionalGeneration(config)
         model.model.image_newline.data.normal_()
-        _write(model, ids, directory, dtype, fix)
+        write(model, ids, directory, dtype, fix)
     template = CHAT_TEMPLATE
     for kind, token in (("image", "<image>"), ("video", "<video>")):
         template = template.replace(f"<|vision_start|><|{kind}_pad|><|vision_end|>", token)

@@ -13,9 +13,12 @@ import transformers as tf
 
 from score_vllm.layout import VideoLayout, grid_layout, timestamped_layout
 from score_vllm.types import VideoGrid
+from score_vllm.vision.glm import cell_seconds, glm_layout
+from score_vllm.vision.internvl import internvl_layout, units
 from score_vllm.vision.pooling import frames_layout, pool_frames
 from tests.integration.family_oracle import random_video
 from tests.integration.tiny_families import build_llava, build_qwen2_vl, build_qwen3
+from tests.integration.tiny_glm_internvl import build_glm, build_internvl
 
 SIZES = [(2, 64, 64, 2.0), (7, 100, 150, 2.0), (16, 97, 65, 0.7), (33, 128, 40, 29.97), (12, 200, 64, 0.01)]
 
@@ -114,3 +117,60 @@ def test_llava_video_by_hand() -> None:
     for name in ("mm_newline_position", "mm_spatial_pool_mode"):
         with pytest.raises(ValueError, match=f"{name} must be one of"):
             frames_layout(SimpleNamespace(**{**vars(config), name: "spiral"}), 2)
+
+
+@pytest.fixture(scope="module", params=["glm4v", "glm4v_moe"])
+def glm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """GLM-4.1V writes whole seconds, GLM-4.6V decimals."""
+    directory = tmp_path_factory.mktemp("tiny") / request.param
+    build_glm(directory, request.param)
+    return tf.AutoModelForImageTextToText.from_pretrained(directory), tf.AutoProcessor.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(("num_frames", "height", "width", "fps"), SIZES)
+def test_glm(num_frames: int, height: int, width: int, fps: float, glm: Any) -> None:
+    model, processor = glm
+    assert type(processor).__name__ == ("Glm46VProcessor" if "moe" in model.config.model_type else "Glm4vProcessor")
+    frames, metadata = random_video(num_frames, height, width, seed=num_frames, fps=fps)
+    # A picture that stays on screen is read twice.
+    metadata["frames_indices"][-1] = metadata["frames_indices"][-2]
+    metadata.pop("do_sample_frames")
+    inputs = processor(
+        text=["Before <|begin_of_video|><|video|><|end_of_video|> after"],
+        videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)],
+        video_metadata=[metadata],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    ids, grid_thw = inputs["input_ids"], inputs["video_grid_thw"]
+    positions, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], video_grid_thw=grid_thw)
+    t, h, w = grid_thw[0].tolist()
+    encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+    seconds = cell_seconds([index / fps for index in metadata["frames_indices"]], t)
+    layout = glm_layout(VideoGrid(t, h // 2, w // 2), seconds, encode, model.config, processor)
+    prefix = len(encode("Before <|begin_of_video|>"))
+    span = unpruned_ids(layout, model.config.image_token_id)
+    assert ids[0, prefix : prefix + len(span)].tolist() == span
+    offsets = positions[:, 0, prefix : prefix + len(span)].numpy() - prefix
+    assert np.array_equal(offsets, layout.unpruned_offsets().T)
+    assert int(positions[0, 0, prefix + len(span)]) == prefix + layout.extent
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 11])
+def test_internvl(num_frames: int, tmp_path: Path) -> None:
+    build_internvl(tmp_path / "model")
+    processor = tf.AutoProcessor.from_pretrained(tmp_path / "model")
+    config = tf.AutoConfig.from_pretrained(tmp_path / "model")
+    frames, _ = random_video(num_frames, 97, 65, seed=2)
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    ids = processor(text=["x<video>y"], videos=[video], return_tensors="pt")["input_ids"][0].tolist()
+    encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+    layout = internvl_layout(num_frames, encode, config, processor)
+    assert (layout.grid, layout.extent) == (VideoGrid(num_frames, 4, 4), len(ids) - 2)
+    assert ids[1:-1] == unpruned_ids(layout, processor.image_token_id)
+    assert np.array_equal(layout.unpruned_offsets(), np.arange(layout.extent)[:, None].repeat(3, axis=1))
+    # The patches of a token, by their row and column.
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    patches = torch.cat([torch.full((1, 2), -1), torch.stack([rows, columns], dim=-1).flatten(0, 1)])
+    grouped = units(patches[None, :, None].float(), config).view(16, 4, 2)
+    assert grouped[6].tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]

@@ -51,6 +51,20 @@ def test_paper_shape() -> None:
     assert flops.prefill_flops(seven, 42657) == by_hand == 921_913_052_110_848
 
 
+def test_hybrid() -> None:
+    # Of 4 layers one has attention: q with its gate 2 x 4x4, the others as above: 136 weights; 3 tokens and 6 pairs.
+    # A delta net with 1 key head of 2 and 2 value heads of 3: 4 x (2 x 2 + 3 x 6 + 2 x 2) = 104, state 3 x 6 x 2 = 36,
+    # MLP 72.
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 2}
+    config = {name: getattr(shape(num_hidden_layers=4), name) for name in flops._SIZES}
+    hybrid = flops.TextShape.from_config({**config, **linear, "linear_value_head_dim": 3})
+    assert flops.prefill_flops(hybrid, 3) == (6 * 136 + 96) + 3 * 6 * (104 + 36 + 72) + 80
+    kinds = ["linear_attention", "full_attention"] * 2
+    halves = flops.TextShape.from_config({**config, **linear, "linear_value_head_dim": 3, "layer_types": kinds})
+    assert halves.delta_net is not None
+    assert (halves.delta_net.num_layers, hybrid.delta_net) == (2, flops.DeltaNetShape(3, 1, 2, 2, 3))
+
+
 def test_configs() -> None:
     flat = {
         "hidden_size": 8,

@@ -25,8 +25,26 @@ def test_the_papers_prompt() -> None:
     assert (paper.dtype, paper.needs_gpu) == ("bfloat16", True)
 
 
-# Language model with embeddings and head, as published for Qwen2.5-7B and Qwen3-8B.
-@pytest.mark.parametrize(("name", "parameters"), [("paper", 7_615_616_512), ("qwen3-vl-8b", 8_190_735_360)])
+def qwen3_5_parameters() -> int:
+    """Of Qwen3.5-9B's text model and head, from the shapes: 8 layers of gated attention, 24 gated delta nets."""
+    width, mlp, norms = 4096, 3 * 4096 * 12288, 2 * 4096
+    attention = width * (2 * 16 * 256 + 2 * 4 * 256) + 16 * 256 * width + 2 * 256
+    channels = 2 * 16 * 128 + 32 * 128
+    # Convolution of 4 taps, and per value head a decay and a bias; a norm of one head's width.
+    delta_net = width * (channels + 32 * 128 + 2 * 32) + 32 * 128 * width + 4 * channels + 2 * 32 + 128
+    return 2 * 248320 * width + width + 32 * (mlp + norms) + 8 * attention + 24 * delta_net
+
+
+# Language model with embeddings and head, as published for Qwen2.5-7B, Qwen3-8B and Qwen2-7B.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("paper", 7_615_616_512),
+        ("qwen3-vl-8b", 8_190_735_360),
+        ("qwen3.5-9b", qwen3_5_parameters()),
+        ("llava-video-7b", 7_615_616_512),
+    ],
+)
 def test_true_shapes(tmp_path: Path, name: str, parameters: int) -> None:
     prepared = presets.prepare(presets.load_preset(name), tmp_path)
     assert not list((tmp_path / "model").glob("*.safetensors"))
@@ -36,21 +54,24 @@ def test_true_shapes(tmp_path: Path, name: str, parameters: int) -> None:
     assert {p.dtype for p in text.parameters()} == {torch.bfloat16}
     prompt = build_prompt(prepared)
     assert len(prompt.input_ids) == prepared.total_tokens(None)
-    assert [len(slots) for slots in prompt.slots] == [42560, 6]
-    assert int((prompt.input_ids == prepared.config["video_token_id"]).sum()) == 42566
+    assert [len(slots) for slots in prompt.slots] == [grid.num_tokens for grid in prepared.preset.videos]
+    token = prepared.config.get("video_token_id", prepared.config.get("video_token_index"))
+    assert int((prompt.input_ids == token).sum()) == prepared.preset.visual_tokens
     assert torch.equal(prompt.text_slots.sort().values, (prompt.token_types == 0).nonzero()[:, 0])
+    if prepared.family == "llava_onevision":
+        assert (prepared.preset.visual_tokens, prepared.total_tokens(None)) == (10_816, 11_648 + 91)
+        return
     merge = prepared.config["vision_config"]["spatial_merge_size"]
+    grids = [layout.grid for layout in prompt.layouts]
     positions, _ = shell.get_rope_index(
         prompt.input_ids[None],
         mm_token_type_ids=prompt.token_types[None],
-        video_grid_thw=torch.tensor([[g.t, g.h * merge, g.w * merge] for g in prompt.grids]),
+        video_grid_thw=torch.tensor([[g.t, g.h * merge, g.w * merge] for g in grids]),
         second_per_grid_ts=torch.ones(2),
     )
-    first = positions[:, 0, prompt.slots[0]]
-    # Rows and columns of a 19 x 35 cell, counted from the cell's base.
-    cell = first[:, : 19 * 35] - first[:, :1]
-    assert torch.equal(cell[1], torch.arange(19).repeat_interleave(35))
-    assert torch.equal(cell[2], torch.arange(35).repeat(19))
+    for layout, start, slots in zip(prompt.layouts, prompt.starts, prompt.slots, strict=True):
+        own = positions[:, 0, start] + layout.vision_offsets()
+        assert torch.equal(positions[:, 0, slots].T, own)
 
 
 def test_tiny_fits_its_bounds() -> None:
@@ -90,6 +111,29 @@ def test_unknown_names() -> None:
         presets.load_preset("large")
     real = presets.checkpoint_preset("org/Some-Model", presets.load_preset("paper"))
     assert (real.name, real.weights, real.visual_tokens) == ("Some-Model", "checkpoint", 42566)
+
+
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    text = config["text_config"]
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "vocab_size": 320}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"linear_num_value_heads": 2, "linear_num_key_heads": 1}
+    text |= {name: size for name, size in sizes.items() if name in text}
+    if "mrope_section" in text["rope_parameters"]:
+        text["rope_parameters"]["mrope_section"] = [2, 1, 1]
+    return config
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-9b", "llava-video-7b"])
+def test_every_family_s_inputs_are_gathers_of_the_whole_prompt(tmp_path: Path, name: str) -> None:
+    """Small copies of the presets run through the benchmark's own checks."""
+    raw = json.loads((presets.PRESETS / f"{name}.json").read_text())
+    raw |= {"config": small(raw["config"]), "videos": [[4, 4, 6], [1, 2, 3]], "repeats": 1, "dtype": "float32"}
+    (tmp_path / "small.json").write_text(json.dumps(raw))
+    prepared = presets.prepare(presets.load_preset(str(tmp_path / "small.json")), tmp_path / "built")
+    engine = TransformersEngine(prepared, "cpu")
+    engine.check([0.4, 0.1], ["score", "evs", "fastvid"])
+    assert set(engine.run(0.1, "score")) == {"compressor", "llm_forward", "total"}
 
 
 def test_a_wrong_place_is_caught(tmp_path: Path) -> None:

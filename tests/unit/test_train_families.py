@@ -20,10 +20,15 @@ from score_vllm.train.schema import ConfigurationError
 from score_vllm.vision.tower import VisionTower
 from tests.integration.family_oracle import Oracle, random_video
 from tests.integration.tiny_families import HIDDEN, build_llava, build_qwen2_vl, build_qwen3
+from tests.integration.tiny_glm_internvl import build_internvl
 
 VIDEO = {"mm_spatial_pool_mode": "average", "mm_newline_position": "grid"}
 KINDS: dict[str, Any] = {
     "qwen3_vl": (partial(build_qwen3, kind="qwen3_vl"), "Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": (partial(build_qwen3, kind="qwen3_vl_moe"), "Qwen3VLMoeForConditionalGeneration"),
+    "qwen3_5": (partial(build_qwen3, kind="qwen3_5"), "Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": (partial(build_qwen3, kind="qwen3_5_moe"), "Qwen3_5MoeForConditionalGeneration"),
+    "internvl": (build_internvl, "InternVLForConditionalGeneration"),
     "qwen2_vl": (build_qwen2_vl, "Qwen2VLForConditionalGeneration"),
     "llava_onevision": (build_llava, "LlavaOnevisionForConditionalGeneration"),
     "llava_video": (partial(build_llava, **VIDEO), "LlavaOnevisionForConditionalGeneration"),
@@ -90,10 +95,13 @@ def test_tower_equals_the_model_s_own_features(family: tuple[Oracle, FrozenVLM])
     frames, _ = random_video(6, 84, 112, seed=6)
     rows, grid = engine._tower.encode_rows(frames)
     processor = oracle.processor.video_processor
-    options = {} if oracle.family.startswith("llava") else {"do_sample_frames": False}
+    options = {} if oracle.family.startswith(("llava", "internvl")) else {"do_sample_frames": False}
     inputs = processor([torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt", **options)
     with torch.no_grad():
-        own = oracle.model.model.get_video_features(**inputs)
+        if oracle.family == "internvl":
+            own = oracle.model.model.get_image_features(inputs["pixel_values_videos"][0])
+        else:
+            own = oracle.model.model.get_video_features(**inputs)
     flat = rows.flatten(0, 1)
     if oracle.family == "llava_video":
         assert (grid.h, grid.w) == (4, 4), "transformers has no such pooling"
@@ -118,7 +126,9 @@ def test_saliency_sums_to_one_per_frame(family: tuple[Oracle, FrozenVLM]) -> Non
         assert saliency.shape == (grid.t, grid.tokens_per_frame) == x.shape[:2]
         if engine._tower.kind != "llava_onevision":
             # "patch" is a mean over the patches of a token.
-            share = 1 if kind == "frame" else 1 / engine._tower.config.vision_config.spatial_merge_size**2
+            share = (
+                1 if kind == "frame" else 1 / getattr(engine._tower.config.vision_config, "spatial_merge_size", 2) ** 2
+            )
             torch.testing.assert_close(saliency.sum(1), torch.full((grid.t,), float(share)))
         assert bool((saliency > 0).all())
 

@@ -40,7 +40,7 @@ def describe(engine: FrozenVLM, encoded: EncodedSample, max_tokens: int) -> str:
         given = {"visual_pos_masks": seen, "deepstack_visual_embeds": [level[:length][seen[0]] for level in levels]}
     stop = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     banned = torch.tensor([i for i in tokenizer.all_special_ids if i != stop], device=rows.device)
-    cache, ids = DynamicCache(), list[int]()
+    cache, ids = DynamicCache(config=language_model.config), list[int]()
     while len(ids) < max_tokens:
         out = language_model(inputs_embeds=rows, position_ids=positions, past_key_values=cache, use_cache=True, **given)
         given = {}

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from score_vllm.train.schema import ConfigurationError
 
 ATTENTION = ("sdpa", "flash_attention_2")
+# Text models whose last layer is run for the answer's rows alone: plain attention, rotated over the whole head. Others
+# (Qwen3.5: gated attention, part of a head rotated) run it whole, which costs one layer's share.
+PLAIN = ("qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
 
 
 def check_decoder(language_model: Any) -> None:
@@ -41,8 +44,9 @@ def answer_states(
     Attention is causal, so that padding on the right reaches no real token and needs no mask.
 
     Args:
-        language_model: a Qwen2 or Qwen3 text model, see :func:`check_decoder`. Its layers are called one by one, past
-            the code of transformers that would take gaps in 1-D positions for packed sequences.
+        language_model: a text model, see :func:`check_decoder`. Its layers are called one by one, past the code of
+            transformers that would take gaps in 1-D positions for packed sequences. Layers without attention (gated
+            delta nets) are causal too.
         rows: [B, L, D] input embeddings.
         positions: [3, B, L] int64; of a model with 1-D positions all axes are the same.
         answers: [B, M] int64 indices into L.
@@ -64,6 +68,10 @@ def answer_states(
     def pick(values: torch.Tensor) -> torch.Tensor:
         return values.gather(1, answers[..., None].expand(-1, -1, values.shape[-1]))
 
+    if language_model.config.model_type not in PLAIN:
+        whole = last(hidden, attention_mask=None, position_embeddings=(cos, sin))
+        states: torch.Tensor = language_model.norm(pick(whole))
+        return states
     attention = last.self_attn
     normed = last.input_layernorm(hidden)
     residual = pick(hidden)

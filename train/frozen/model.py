@@ -24,7 +24,16 @@ from score_vllm.types import VideoGrid
 from score_vllm.vision.tower import VisionTower
 
 # transformers' model types whose language model :mod:`score_vllm.train.frozen.decoder` runs.
-TRAINABLE = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava_onevision")
+TRAINABLE = (
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "llava_onevision",
+    "internvl",
+)
 END_OF_TURN = "<|im_end|>"
 DEFAULT_MAX_ROLLOUT_TOKENS = 8192
 # Logits in fp32 that exist at a time: 64 Mi of them, 256 MiB.
