@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from score_vllm.architectures import SUPPORTED
@@ -34,11 +35,18 @@ def grouped(hub_ids: list[str]) -> str:
 
 
 def table() -> str:
-    """Markdown: a row per architecture."""
+    """Markdown: a row per family, which is a file of score_vllm/models."""
     lines = ["| architecture | hub ids | policy | checked with | |", "|---|---|---|---|---|"]
-    for entry in SUPPORTED:
-        policy = entry.policy or f"none yet: `{TRAINING_FREE_METHOD}` selects"
-        cells = [f"`{entry.name}`", grouped(list(entry.models.values())), policy, entry.checked, entry.notes]
+    for _, entries in groupby(SUPPORTED, lambda entry: entry.target.partition(":")[0]):
+        family = list(entries)
+        ids = grouped([hub_id for entry in family for hub_id in entry.models.values()])
+        one = {
+            (entry.policy or f"none yet: `{TRAINING_FREE_METHOD}` selects", entry.checked, entry.notes)
+            for entry in family
+        }
+        (policy, checked, notes), *others = one
+        assert not others, f"architectures of one file differ in policy, checked or notes: {sorted(one)}"
+        cells = [", ".join(f"`{entry.name}`" for entry in family), ids, policy, checked, notes]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

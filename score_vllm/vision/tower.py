@@ -170,7 +170,9 @@ class VisionTower:
         inputs = self.processor([video], return_tensors="pt", **options)
         thw = inputs["video_grid_thw"]
         pixels = inputs["pixel_values_videos"].to(self._device, self._dtype)
-        out = self.tower(pixels, grid_thw=thw.to(self._device))
+        # GLM's tower takes each cell as a picture of its own.
+        seen = torch.tensor([[1, *thw[0, 1:]]] * int(thw[0, 0])) if self.kind in GLM_TYPES else thw
+        out = self.tower(pixels, grid_thw=seen.to(self._device))
         t, h, w = (int(value) for value in thw[0])
         merge = self.config.vision_config.spatial_merge_size
         grid = VideoGrid(t, h // merge, w // merge)
