@@ -60,6 +60,9 @@ class InProcess:
         dtype: of the model.
         device: of the model.
 
+    Attributes:
+        ids: token ids of the last answer.
+
     Raises:
         ValueError: a kind of model or newlines that is not known, or a policy of another model.
     """
@@ -82,7 +85,7 @@ class InProcess:
         self.engine = FrozenVLM(model.to(device), directory)
         self.tower = VisionTower(directory, device, dtype, loaded=model)
         self.processor: Any = AutoProcessor.from_pretrained(directory)
-        self.newlines, self.name = newlines, Path(directory).name
+        self.newlines, self.name, self.ids = newlines, Path(directory).name, list[int]()
         self.architecture = BY_NAME[self.engine.architecture]
         self.policy = None if policy is None else RetentionPolicy.from_pretrained(policy)
         if self.policy is not None:
@@ -142,11 +145,11 @@ class InProcess:
         levels = rows[..., self.tower.hidden_size :] if rows.shape[-1] > self.tower.hidden_size else None
         nothing = torch.zeros(1, dtype=torch.int64)
         encoded = EncodedSample("", x, layout, before, after, nothing, levels)
-        ids, length, structure = self._decode(encoded, made, int(body["max_tokens"]))
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        self.ids, length, structure = self._decode(encoded, made, int(body["max_tokens"]))
+        text = self.processor.tokenizer.decode(self.ids, skip_special_tokens=True)
         counts = {"original_tokens": grid.num_tokens, "retained_tokens": made.num_retained}
         report = {"grid": [grid.t, grid.h, grid.w], **counts, "structure_tokens": structure}
-        return Reply(text, None, length, len(ids), {"method": method, "videos": [report]})
+        return Reply(text, None, length, len(self.ids), {"method": method, "videos": [report]})
 
     def _read(self, body: dict[str, Any]) -> tuple[DecodedVideo, torch.Tensor, torch.Tensor]:
         """The video, and token ids before and after it."""

@@ -95,11 +95,22 @@ FAMILIES = {
         32,
         options={"dtype": "bfloat16"},
     ),
+    "qwen3_5_moe": Family(
+        partial(build_qwen3, kind="qwen3_5_moe", dtype="bfloat16"),
+        "Qwen3_5MoeForConditionalGeneration",
+        32,
+        options={"dtype": "bfloat16"},
+    ),
+    "glm4v_moe": Family(partial(build_glm, kind="glm4v_moe"), "Glm4vMoeForConditionalGeneration", **GLM),
     "glm4v": Family(build_glm, "Glm4vForConditionalGeneration", **GLM),
     "internvl": Family(
         build_internvl, "InternVLForConditionalGeneration", pixels=0, image="<IMG_CONTEXT>", video="<video>"
     ),
 }
+
+
+# Their dense relatives run in every test; score-serve runs them end to end.
+RELATIVES = ("qwen3_5_moe", "glm4v_moe")
 
 
 @dataclass
@@ -204,7 +215,7 @@ class Served:
     @property
     def tolerance(self) -> float:
         # vLLM's CPU kernel of fused experts differs from transformers' by this, also where nothing is compressed.
-        return 5e-3 if self.name == "qwen3_vl_moe" else 1e-4
+        return 5e-3 if self.name.endswith("_moe") else 1e-4
 
     @staticmethod
     def error(output: Any, first: torch.Tensor) -> float:
@@ -212,7 +223,10 @@ class Served:
         return float((torch.tensor([ours.logprobs[0][i].logprob for i in range(len(first))]) - first).abs().max())
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.long] if name in RELATIVES else []) for name in FAMILIES],
+)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     family = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(request.param)

@@ -52,6 +52,8 @@ def build_glm(directory: Path, kind: str = "glm4v", dtype: str = "float32") -> N
     if kind == "glm4v_moe":
         config_class, model_class = tf.Glm4vMoeConfig, tf.Glm4vMoeForConditionalGeneration
         text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        # Hub checkpoints have it and vLLM reads it; transformers' config does not know it.
+        text |= {"use_qk_norm": False}
     else:
         text.pop("head_dim")
     config = config_class(

@@ -62,11 +62,8 @@ def test_answers_are_the_whole_model_s(newlines: str, ratio: float, method: str,
     oracle = Oracle(checkpoint / "model", "llava_video", "LlavaOnevisionForConditionalGeneration")
     frames = decode_video((checkpoint / "clip.mp4").read_bytes(), fps=None, max_frames=64).frames
     x, grid, saliency = own.tower.encode_with_saliency(frames)
-    made = select_tokens(
-        x, ratio, method, own.policy if method == "score" else None, saliency=saliency["frame"], variant="llava"
-    )
-    if method == "score":
-        made = select_tokens(x, ratio, method, own.policy)
+    policy = own.policy if method == "score" else None
+    made = select_tokens(x, ratio, method, policy, saliency=saliency["frame"])
     content = [{"type": "video"}, {"type": "text", "text": "What?"}]
     prompt = oracle.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
