@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
+from transformers.models.glm46v.video_processing_glm46v import Glm46VVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize as qwen2_size
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -74,11 +76,12 @@ sizes = st.integers(1, 5000)
 @given(st.integers(1, 200), sizes, sizes, st.integers(1, 20), st.integers(20, 2000), st.booleans())
 def test_sizes_are_the_processors(frames: int, height: int, width: int, low: int, high: int, capped: bool) -> None:
     size = {"shortest_edge": low * 28 * 28, "longest_edge": high * 28 * 28}
-    for kind in (Qwen2VLVideoProcessor, Qwen3VLVideoProcessor):
-        processor = kind(size=dict(size), cap_pixels_per_frame=capped)
+    for kind in (Qwen2VLVideoProcessor, Qwen3VLVideoProcessor, Glm4vVideoProcessor, Glm46VVideoProcessor):
+        options = {"cap_pixels_per_frame": capped} if kind.__name__.startswith("Qwen") else {}
+        processor = kind(size=dict(size), **options)
         rule = Resize.for_processor(processor)
         assert rule is not None
-        if kind is Qwen3VLVideoProcessor and frames < 2:
+        if kind is not Qwen2VLVideoProcessor and frames < 2:
             continue
         try:
             ours = rule.size(frames, height, width)
@@ -94,7 +97,7 @@ def test_sizes_are_the_processors(frames: int, height: int, width: int, low: int
                 None,
                 factor=factor,
                 temporal_factor=processor.temporal_patch_size,
-                cap_pixels_per_frame=capped,
+                **options,
             ).shape[-2:]
         except ValueError:
             theirs = None
