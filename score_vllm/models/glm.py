@@ -99,6 +99,9 @@ class ScoreGlm4vProcessor(CompressionProcessorMixin, Glm4vMultiModalProcessor):
 class ScoreGlm4vForConditionalGeneration(QwenModelMixin, Glm4vForConditionalGeneration):
     """GLM-4.1V and GLM-4.6V-Flash."""
 
+    # The encoder's graphs are for Qwen's towers.
+    graphs_take_videos = False
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup_compression(vllm_config)

@@ -6,7 +6,7 @@ rows, whatever the file's size. Positions are 1-D: :mod:`score_vllm.models.seque
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,9 +24,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from score_vllm.layout import VideoLayout, sequential_layout
 from score_vllm.models.adapter import CompressionModelMixin
 from score_vllm.models.admission import AdmissionDummyInputsMixin, AdmissionInfoMixin, VideoLimit
+from score_vllm.models.cells import ROWS
 from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.saliency import check_saliency_config
 from score_vllm.types import VideoGrid
+from score_vllm.vision.cell_cache import device_index
 from score_vllm.vision.internvl import internvl_layout, merge_size, units
 from score_vllm.vision.saliency import KINDS
 
@@ -63,6 +65,10 @@ class ScoreInternVLProcessor(CompressionProcessorMixin, InternS1MultiModalProces
         """From the number of frames of each video."""
         return [self.info.video_layout(int(count)) for count in data.get("video_num_patches", ())]
 
+    def video_pixels(self, data: Mapping[str, Any], layouts: Sequence[VideoLayout]) -> list[torch.Tensor | None]:
+        """Frames of all videos in one tensor; a frame is a cell."""
+        return list(data["pixel_values_videos"].split([layout.grid.t for layout in layouts]))
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     ScoreInternVLProcessor, info=ScoreInternVLInfo, dummy_inputs=ScoreInternVLDummyInputs
@@ -88,10 +94,9 @@ class ScoreInternVLForConditionalGeneration(CompressionModelMixin, InternS1ForCo
         if self._listening:
             self._captured = args[0], args[1]
 
-    def _saliency(self, kind: str | None) -> torch.Tensor | None:
+    def _saliency(self, kind: str) -> torch.Tensor:
         """[T, N] of the frames that the tower has just seen; every rank holds all heads of this tower."""
-        if self._captured is None or kind is None:
-            return None
+        assert self._captured is not None, "the tower has not run"
         heads, captured = self._attention.num_heads, self._captured
         self._captured = None
         query, key = (units(tensor.unflatten(-1, (heads, -1)), self.config) for tensor in captured)
@@ -107,13 +112,21 @@ class ScoreInternVLForConditionalGeneration(CompressionModelMixin, InternS1ForCo
             return super()._process_vision_input(image_input)
         videos, fields = image_input
         frames = videos["pixel_values"].split([int(count) for count in videos["num_patches"]])
-        return self.compress_videos(fields, self._encode_videos(frames, self.saliency_kinds(fields)))
+        return self.compress_videos(fields, self._encode_videos(frames, fields))
 
     def _encode_videos(
-        self, videos: Any, kinds: list[str | None]
+        self, videos: Any, fields: Mapping[str, Any]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for pixels, kind in zip(videos, kinds, strict=True):
-            self._listening = kind is not None
-            x = self.extract_feature(pixels)
-            self._listening = False
-            yield x.flatten(0, 1), self._saliency(kind)
+        for index, (pixels, kind) in enumerate(zip(videos, self.saliency_kinds(fields), strict=True)):
+            yield self.encode_cells(fields, index, kind, partial(self._encode_some, pixels, kind))
+
+    def _encode_some(self, pixels: torch.Tensor, kind: str | None, frames: list[int]) -> dict[str, torch.Tensor]:
+        """The tower on some frames [F, ...] of a video; each is a cell."""
+        self._listening = kind is not None
+        if len(frames) < len(pixels):
+            pixels = pixels.index_select(0, device_index(frames, pixels.device))
+        values = {ROWS: self.extract_feature(pixels)}
+        self._listening = False
+        if kind is not None:
+            values[kind] = self._saliency(kind)
+        return values

@@ -38,7 +38,8 @@ def internvl_layout(num_frames: int, encode: Callable[[str], list[int]], config:
     texts = [list(group) for is_row, group in groupby(ids, lambda token: token == row) if not is_row]
     side = frame_side(config)
     grid = VideoGrid(num_frames, side, side)
-    return sequential_layout(grid, texts[:-1], [[]] * (num_frames - 1) + texts[-1:])
+    nothing: list[list[int]] = [[]] * (num_frames - 1)
+    return sequential_layout(grid, texts[:-1], nothing + texts[-1:])
 
 
 def units(patches: torch.Tensor, config: Any) -> torch.Tensor:
