@@ -1,4 +1,4 @@
-"""Frames to patches in one pass: transformers' Qwen video processors without their copies of all pixels.
+"""Frames to patches in one pass: transformers' video processors of Qwen and GLM without their copies of all pixels.
 
 They copy a video three times: to channels first, to patches, and to join one video with no other. Frames that arrive as
 bytes in the target size, to be normalised on the device, need only the second.
@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 
 class OnePassMixin:
-    """Put before a Qwen video processor; gives exactly its output."""
+    """Put before a video processor of Qwen or GLM; gives exactly its output."""
 
     def _prepare_input_videos(self, videos: list[Any], *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """[F, 3, H, W] of each video; of frames as bytes a view."""
@@ -34,7 +34,7 @@ class OnePassMixin:
                     resample=options["resample"],
                     factor=options["patch_size"] * merge_size,
                     temporal_factor=temporal,
-                    cap_pixels_per_frame=bool(options["cap_pixels_per_frame"]),
+                    cap_pixels_per_frame=bool(options.get("cap_pixels_per_frame")),
                 )
             if resized is video or resized.data_ptr() == video.data_ptr():
                 patches, *grid = self.patchify(  # type: ignore[attr-defined]
