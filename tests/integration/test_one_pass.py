@@ -1,4 +1,4 @@
-"""Videos pass through the Qwen processors once, and come out as transformers' own make them."""
+"""Videos pass through the processors of Qwen and GLM once, and come out as transformers' own make them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("vllm")
+from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
+from transformers.models.glm46v.video_processing_glm46v import Glm46VVideoProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from score_vllm.models.one_pass import OnePassMixin
 from tests.integration.test_admission import process, processor
 
-KINDS = (Qwen2VLVideoProcessor, Qwen3VLVideoProcessor)
-SIDE = {Qwen2VLVideoProcessor: 28, Qwen3VLVideoProcessor: 32}
+SIDE = {Qwen2VLVideoProcessor: 28, Qwen3VLVideoProcessor: 32, Glm4vVideoProcessor: 28, Glm46VVideoProcessor: 28}
+KINDS = tuple(SIDE)
 
 
 class FullWrites(TorchDispatchMode):
