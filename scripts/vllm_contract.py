@@ -53,7 +53,8 @@ METHODS = {
     "vllm.multimodal.media.connector:MediaConnector": "__init__ load_from_url load_from_url_async fetch_video_async",
     "vllm.renderers.base:BaseRenderer": "render_chat_async render_cmpl_async",
     "vllm.v1.engine.input_processor:InputProcessor": "process_inputs",
-    "vllm.v1.engine.async_llm:AsyncLLM": "collective_rpc",
+    "vllm.v1.engine.async_llm:AsyncLLM": "collective_rpc generate",
+    "vllm.v1.metrics.stats": "RequestStateStats",
     "vllm.v1.core.encoder_cache_manager": "compute_mm_encoder_budget",
     "vllm.plugins": "load_general_plugins load_endpoint_plugins",
 }
