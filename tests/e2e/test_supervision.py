@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -90,11 +93,12 @@ def test_sigterm_while_starting_ends_everything(
 
 @pytest.fixture(scope="module")
 def two_api_servers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Server]:
-    """Behind one port, with one engine; its temporary folder is ``media``."""
+    """Behind one port, with two engines; its temporary folder is ``media``."""
     folder = tmp_path_factory.mktemp("two")
     temporary = tmp_path_factory.mktemp("t")
     port = free_port()
     args = ["--model", "demo", "--host", "127.0.0.1", "--port", str(port), "--api-server-count", "2"]
+    args += ["--data-parallel-size", "2"]
     log = folder / "log"
     process = start([*args, "--api-key", API_KEY], environment(cache, TMPDIR=str(temporary)), log)
     url = f"http://127.0.0.1:{port}"
@@ -106,28 +110,37 @@ def two_api_servers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> It
 
 
 def test_two_api_servers_show_one_sum(two_api_servers: Server, clips: dict[str, Path]) -> None:
-    """Whichever of them answers, its page has the videos of both and the workers' histogram."""
+    """Whichever of them answers, its page has the videos of both and the histogram of both engines' workers."""
     before = metrics(two_api_servers)
     assert "score_nan_videos_total" in before
-    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
-        chat(two_api_servers, ask(data_url(clips["plain"])), retention_ratio=ratio)
+
+    def one(ratio: float) -> Any:
+        return chat(two_api_servers, ask(data_url(clips["plain"])), retention_ratio=ratio)
+
+    ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    with ThreadPoolExecutor(len(ratios)) as pool:
+        answers = list(pool.map(one, ratios))
+    assert [answer.score["retention_ratio"] for answer in answers] == list(ratios)
     for _ in range(6):
         after = metrics(two_api_servers)
         assert after["score_videos_total"] - before.get("score_videos_total", 0) == 6
         assert after["score_compressor_seconds_count"] - before["score_compressor_seconds_count"] == 6
         assert after['score_retention_ratio_bucket{le="0.3"}'] == 3
     with urllib.request.urlopen(f"{two_api_servers.url}/metrics") as page:
-        assert "vllm:request_success_total" in page.read().decode()
+        assert {'engine="0"', 'engine="1"'} <= set(
+            re.findall(r'request_success_total{(engine="\d")', page.read().decode())
+        )
 
 
 def test_when_the_engine_dies_the_server_says_so_and_ends(two_api_servers: Server) -> None:
     """Runs last: the module's server does not survive it."""
     engine = engine_of(two_api_servers.process)
     assert engine is not None
+    name = engine.cmdline()[0].removeprefix("VLLM::").split()[0]
     everything = descendants(two_api_servers.process)
     engine.kill()
     assert two_api_servers.process.wait(60) > 0
     last = two_api_servers.text().strip().splitlines()[-1]
-    assert last == f"score-serve: error: the process EngineCore (pid {engine.pid}) died; the server has stopped"
+    assert last == f"score-serve: error: the process {name} (pid {engine.pid}) died; the server has stopped"
     assert not [process for process in everything if process.is_running()]
     assert left_behind(two_api_servers.media) == []

@@ -275,3 +275,12 @@ def test_a_stream_says_the_same_at_both_ends(tmp_path: Path) -> None:
     scores = [json.loads(text.removeprefix("data: "))["score"] for text in (first, last)]
     assert scores[0] == scores[1]
     assert [(v["encoded_cells"], v["reused_cells"]) for v in scores[0]["videos"]] == [(5, 3), (0, 8)]
+
+
+def test_a_worker_on_another_machine_keeps_its_numbers(tmp_path: Path) -> None:
+    """The API process's folder is not there: the engine must start all the same."""
+    stats = CompressorStats(str(tmp_path / "elsewhere"))
+    with stats.measure(torch.device("cpu")) as video:
+        video.has_nan = torch.tensor(True)
+    assert stats.nan_videos == 1
+    assert not (tmp_path / "elsewhere").exists()

@@ -350,3 +350,13 @@ def test_short_names_of_every_family() -> None:
     assert catalog.resolve_model("InternVL3.5-8B").path == "OpenGVLab/InternVL3_5-8B-HF"
     with pytest.raises(catalog.UsageError, match="convert_llava_video"):
         catalog.resolve_model("LLaVA-Video-7B")
+
+
+def test_engines_under_ray_get_our_variable_and_ray_its_folder() -> None:
+    environment = {"VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": "MINE"}
+    cli.prepare_for_ray(environment)
+    assert environment["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == f"MINE,{cli.STATS_VARIABLE}"
+    assert environment["RAY_TMPDIR"] == cli.tempfile.gettempdir()
+    given = {"RAY_TMPDIR": "/scratch"}
+    cli.prepare_for_ray(given)
+    assert given == {"RAY_TMPDIR": "/scratch", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": cli.STATS_VARIABLE}
