@@ -20,7 +20,6 @@ One file: vLLM's contract is one class, and its four steps above share state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ from score_vllm.layout import AXES, VideoLayout
 from score_vllm.models.cell_records import EncodedCellsWriter
 from score_vllm.models.cells import ROWS, CellEncoder, Values, cache_bytes
 from score_vllm.models.processing import CELLS_KEY, LAYOUT_KEY, METHOD_INDEX_KEY, NUM_RETAINED_KEY, TICKET_KEY
-from score_vllm.models.timing import STATS_VARIABLE, CompressorStats
+from score_vllm.models.timing import CompressorStats, stats_directory
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import POSITION_CHANNELS, VisualSpan, prompt_positions, unpack_offsets
 from score_vllm.select import select_retained
@@ -70,7 +69,7 @@ class VideoCompressor:
         self.architecture = architecture
         self.tokens_per_second = tokens_per_second
         # One worker per tensor-parallel group reports, or every video would count several times.
-        self._directory = os.environ.get(STATS_VARIABLE) if get_tensor_model_parallel_rank() == 0 else None
+        self._directory = stats_directory() if get_tensor_model_parallel_rank() == 0 else None
         self.stats = CompressorStats(self._directory)
         self.cells: CellEncoder | None = None
         # Weights of the learned methods besides score, on the CPU until prepare() moves them.

@@ -42,6 +42,12 @@ Item = TypeVar("Item")
 Stamp = float | torch.cuda.Event
 
 
+def stats_directory() -> str | None:
+    """Where this process leaves its files; None where nobody reads them, or the API process is on another machine."""
+    directory = os.environ.get(STATS_VARIABLE)
+    return directory if directory is not None and Path(directory).is_dir() else None
+
+
 @dataclass
 class _Video:
     """One video under measurement.
@@ -95,8 +101,7 @@ class CompressorStats:
     """The numbers of one worker.
 
     Args:
-        directory: where the files of this process go; None, or one that another machine has, keeps the numbers in
-            this process.
+        directory: where the files of this process go; None keeps the numbers in this process.
     """
 
     def __init__(self, directory: str | None) -> None:
@@ -104,7 +109,8 @@ class CompressorStats:
         self._recorded = 0
         self._encoded: _Video | None = None
         self._pending: deque[_Video] = deque()
-        if directory is not None and (path := Path(directory)).is_dir():
+        if directory is not None:
+            path = Path(directory)
             self._numbers = np.memmap(path / f"compressor-{os.getpid()}.f64", np.float64, "w+", shape=(_SIZE,))
             self._ring = np.memmap(path / f"videos-{os.getpid()}.f64", np.float64, "w+", shape=(RING, 4))
 
