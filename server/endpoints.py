@@ -156,13 +156,10 @@ async def _verify(engine_client: Any, serving: ServingConfig) -> None:
         raise StartupError("the model's processor is vLLM's own, not SCORE's: videos would not be compressed")
     if engine_client.vllm_config.parallel_config.worker_extension_cls != WORKER_EXTENSION:
         raise StartupError(f"workers cannot be checked; start with --worker-extension-cls {WORKER_EXTENSION}")
-    for rank, status in enumerate(await engine_client.collective_rpc("score_status")):
-        if not status["compressing"]:
-            raise StartupError(
-                f"worker {rank} runs {status['model_class']} without SCORE: the plug-in did not load there"
-            )
-        if serving.policy_digest and status["policy_digest"] != serving.policy_digest:
-            raise StartupError(f"worker {rank} holds another policy than the API process; start the server again")
+    try:
+        await engine_client.collective_rpc("score_check", args=(serving.policy_digest,))
+    except Exception as error:  # vLLM wraps what a worker raised
+        raise StartupError(str(error)) from error
 
 
 def _prepare_reading(engine_client: Any) -> int | None:

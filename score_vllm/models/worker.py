@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from typing import Any
 
 
@@ -28,6 +30,24 @@ class ScoreWorkerExtension:
             "nan_videos": 0 if compressor is None else compressor.stats.nan_videos,
             "policy_digest": "" if policy is None else policy.digest(),
         }
+
+    def score_check(self, policy_digest: str) -> None:
+        """Refuse to serve without compression, or with another policy.
+
+        vLLM asks every engine and hands on what the first one answers, and an error of any.
+
+        Args:
+            policy_digest: of the API process's policy; empty: there is none.
+
+        Raises:
+            RuntimeError: a sentence that names the machine.
+        """
+        status = self.score_status()
+        where = f"a worker on {platform.node()} (pid {os.getpid()})"
+        if not status["compressing"]:
+            raise RuntimeError(f"{where} runs {status['model_class']} without SCORE: the plug-in did not load there")
+        if policy_digest and status["policy_digest"] != policy_digest:
+            raise RuntimeError(f"{where} holds another policy than the API process; start the server again")
 
 
 WORKER_EXTENSION = f"{ScoreWorkerExtension.__module__}.{ScoreWorkerExtension.__qualname__}"

@@ -165,3 +165,23 @@ def test_the_profiling_run_is_forgotten_once(engine: Engine) -> None:
     assert worker.score_status()["nan_videos"] == 0
     compressor.stats._record(1.0, has_nan=True)
     assert worker.score_status()["nan_videos"] == 1
+
+
+def test_every_worker_refuses_by_itself() -> None:
+    """vLLM hands on the answers of the first of several engines alone, and an error of any."""
+    from score_vllm.models.worker import ScoreWorkerExtension
+
+    class Worker(ScoreWorkerExtension):
+        model_runner: Any
+
+    def worker_with(compressor: Any) -> Worker:
+        worker = Worker()
+        worker.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(compressor=compressor))
+        return worker
+
+    good = worker_with(VideoCompressor(ServingConfig(0.5, "uniform"), 16, "any"))
+    good.score_check("")
+    with pytest.raises(RuntimeError, match="holds another policy than the API process"):
+        good.score_check("digest")
+    with pytest.raises(RuntimeError, match="without SCORE: the plug-in did not load there"):
+        worker_with(None).score_check("")
