@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -56,6 +57,7 @@ WRONG: tuple[dict[str, Any], ...] = (
 )
 REFUSALS = frozenset({*range(400, 500), 503})
 MAX_TOKENS = 16
+LONG = 256
 # Small, so that they evict all the time.
 CACHES = ("--mm-processor-cache-gb", "0.02", "--enable-prefix-caching")
 # Seconds for which a good request comes again after a 503.
@@ -175,7 +177,7 @@ class Campaign:
     async def _leave(self, kind: str) -> None:
         """A client that goes away: while it waits, in its answer, or in the middle of its own body."""
         question = self._random.choice(self._questions["good"])
-        body = json.dumps(question.body(True, stream=True, max_tokens=256)).encode()
+        body = json.dumps(question.body(True, stream=True, max_tokens=LONG)).encode()
         url = httpx.URL(self._url)
         reader, writer = await asyncio.open_connection(url.host, url.port)
         head = f"POST {url.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
@@ -217,7 +219,8 @@ def usage(pid: int) -> dict[str, int]:
 def try_schema(url: str, examples: int, log: Path) -> dict[str, Any]:
     """Schemathesis over every documented operation; its report goes to a file."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", CHECKS]
-    command += ["--max-examples", str(examples), "--continue-on-failure", "--no-color", "--seed", "0"]
+    command += ["--max-examples", str(examples), "--phases", "examples,fuzzing", "--workers", "8", "--seed", "0"]
+    command += ["--continue-on-failure", "--request-timeout", "300", "--no-color"]
     with log.open("wb") as sink:
         code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT).returncode
     text = log.read_text(errors="replace")
@@ -267,6 +270,9 @@ def main() -> None:
     mutated = mutated_clips(folder / "media", args.mutations)
     model = resolve_model("demo", None)
     extra = [*CACHES, "--limit-mm-per-prompt", json.dumps({"image": 0, "video": 2})]
+    # Schemathesis asks for thousands of tokens and choices, which vLLM would generate.
+    extra += ["--override-generation-config", json.dumps({"max_new_tokens": LONG})]
+    os.environ["VLLM_MAX_N_SEQUENCES"] = "4"
     options = ServerOptions(model, "float32", 8192, 128, folder / "media", 1, extra)
     print(f"logs in {folder}")
     with running("score", options, folder) as server:
