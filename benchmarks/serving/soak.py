@@ -209,10 +209,10 @@ def usage(pid: int) -> dict[str, int]:
     root = psutil.Process(pid)
     found = {"processes": 0, "bytes": 0, "descriptors": 0, "threads": 0}
     for process in [root, *root.children(recursive=True)]:
-        found["processes"] += 1
-        found["bytes"] += process.memory_info().rss
-        found["descriptors"] += process.num_fds()
-        found["threads"] += process.num_threads()
+        with contextlib.suppress(psutil.Error):
+            size, descriptors, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+            for name, value in zip(found, (1, size, descriptors, threads), strict=True):
+                found[name] += value
     return found
 
 

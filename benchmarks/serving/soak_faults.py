@@ -19,7 +19,11 @@ FAULT_SECONDS = 2.0
 
 def decoder_of(pid: int) -> psutil.Process:
     """The decoding server below a process: it has children of the same command line."""
-    found = [p for p in psutil.Process(pid).children(recursive=True) if "decode_server" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "decode_server" in " ".join(process.cmdline()):
+                found.append(process)
     return next(p for p in found if p.parent() not in found)
 
 
@@ -105,6 +109,6 @@ class Faults:
                 if self._end.wait(self._every):
                     return
                 # Between two decoding servers there is none to find.
-                with contextlib.suppress(psutil.NoSuchProcess, StopIteration, FileNotFoundError):
+                with contextlib.suppress(psutil.Error, StopIteration, FileNotFoundError):
                     bring_about(self._pid)
                     self.counts[name] += 1
