@@ -34,8 +34,7 @@ def good_clips(folder: Path, count: int) -> list[Path]:
 def whole_clips() -> dict[str, bytes]:
     """One short clip of every container that is accepted."""
     stamps = even(PICTURES, 10)
-    same = {"fflags": "+bitexact"}  # Matroska has random numbers in its header
-    made = {name: write(recipe(name, stamps, options=same)) for name in VIDEO_CONTAINERS}
+    made = {name: write(recipe(name, stamps)) for name in VIDEO_CONTAINERS}
     others = {"3gp": "mpeg4", "mpeg": "mpeg2video", "flv": "flv", "asf": "wmv2", "apng": "apng"}
     for name, codec in others.items():
         made[name] = write(Recipe(name, codec, stamps, pix_fmt="rgb24" if codec == "apng" else "yuv420p"))
@@ -66,7 +65,7 @@ def mutate(data: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
 
 
 def mutated_clips(folder: Path, count: int) -> list[Path]:
-    """``count`` distinct damaged files, the containers in turn; the same in every run, but for the date in AVIF."""
+    """``count`` distinct damaged files, the containers in turn, with the same edits in every run."""
     whole, found = list(whole_clips().items()), dict[str, Path]()
     edit = st.tuples(st.sampled_from(EDITS), st.floats(0, 1), st.binary(min_size=1, max_size=256))
     batches: list[list[tuple[str, float, bytes]]] = []
@@ -89,7 +88,7 @@ def mutated_clips(folder: Path, count: int) -> list[Path]:
         changed = mutate(data, edits)
         digest = hashlib.sha256(changed).hexdigest()[:16]
         if changed != data and digest not in found and len(found) < count:
-            found[digest] = folder / f"mutated-{digest}.{name}"
+            found[digest] = folder / f"mutated-{len(found):03d}.{name}"
             found[digest].write_bytes(changed)
     if len(found) < count:
         raise RuntimeError(f"only {len(found)} of {count} distinct mutations were drawn")

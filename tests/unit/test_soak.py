@@ -32,7 +32,8 @@ def test_mutations_are_distinct_spread_and_the_same_in_every_run(tmp_path: Path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         runs.append(mutated_clips(tmp_path / name, 45))
-    one, other = ([path.name for path in run if path.suffix != ".avif"] for run in runs)
+    # Some encoders go by the clock; these do not.
+    one, other = ([path.read_bytes() for path in run if path.suffix in (".gif", ".apng")] for run in runs)
     assert one == other
     assert len({path.read_bytes() for path in runs[0]}) == 45
     assert set(Counter(path.suffix for path in runs[0]).values()) == {3}
