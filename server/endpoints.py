@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterable, AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm import envs
 from vllm.entrypoints.openai.chat_completion import api_router as upstream_chat
@@ -32,9 +34,9 @@ from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER, model_resize
 from score_vllm.models.worker import WORKER_EXTENSION
-from score_vllm.server import metrics, request_log, sampling
+from score_vllm.server import again, metrics, request_log, sampling
 from score_vllm.server.content import OWN_FIELDS
-from score_vllm.server.context import RequestContext, ServerState, enter
+from score_vllm.server.context import RequestContext, ServerState, counts, enter
 from score_vllm.server.other_routes import CHAT_PATH, TOKENIZE_PATH, RefuseElsewhere
 from score_vllm.server.protocol import (
     ScoreChatCompletionRequest,
@@ -71,13 +73,28 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
     """OpenAI's chat completion. Videos reach the language model with `retention_ratio` of their visual tokens;
     the response's `score` object says how many that were, and what was read of each video."""
     state: ServerState | None = raw_request.app.state.score
-    context = enter(request, state)
-    context.encoded = None if state is None else state.encoded
-    response = await upstream_chat.create_chat_completion(request, raw_request)
+    contexts: list[RequestContext] = []
+
+    async def attempt() -> Response:
+        if contexts:
+            counts.set(False)  # its videos are counted already
+        contexts.append(enter(request, state))
+        contexts[-1].encoded = None if state is None else state.encoded
+        return await upstream_chat.create_chat_completion(request, raw_request)
+
+    async def attempt_stream() -> AsyncIterable[Any]:
+        try:
+            response = await attempt()
+        except MediaError as error:
+            response = await media_error_response(raw_request, error)
+        return response.body_iterator if isinstance(response, StreamingResponse) else _as_events(response)
+
+    response = await again.answered(attempt)
     if state is not None and isinstance(response, StreamingResponse):
-        response.body_iterator = _stream_with_score(response.body_iterator, state.serving, context)
+        events = again.streamed(response.body_iterator, attempt_stream)
+        response.body_iterator = _stream_with_score(events, state.serving, contexts)
         return response
-    return _json_with_score(response, state, context)
+    return _json_with_score(response, state, contexts[-1])
 
 
 async def tokenize(request: TokenizeCompletionRequest | ScoreTokenizeChatRequest, raw_request: Request) -> Response:
@@ -90,6 +107,12 @@ async def tokenize(request: TokenizeCompletionRequest | ScoreTokenizeChatRequest
         return await upstream_tokenize.tokenize(request, raw_request)
     context = enter(request, state)
     return _json_with_score(await upstream_tokenize.tokenize(request, raw_request), state, context)
+
+
+async def _as_events(refusal: Response) -> AsyncIterator[str]:
+    """A refusal where a stream has begun already."""
+    yield f"data: {bytes(refusal.body).decode()}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 def _json_with_score(response: Response, state: ServerState | None, context: RequestContext) -> Response:
@@ -110,8 +133,16 @@ async def media_error_response(request: Request, error: MediaError) -> JSONRespo
     return JSONResponse(ErrorResponse(error=body).model_dump(), status_code=error.http_status, headers=headers)
 
 
+async def http_error_response(request: Request, error: HTTPException) -> JSONResponse:
+    """What the framework refuses (a body that is no text, an unknown path) in the form of all other errors: vLLM's own
+    handler is for FastAPI's exceptions, and these are Starlette's."""
+    status = HTTPStatus(error.status_code)
+    body = ErrorResponse(error=ErrorInfo(message=str(error.detail), type=status.phrase, code=status.value))
+    return JSONResponse(body.model_dump(), status_code=status, headers=error.headers)
+
+
 async def _stream_with_score(
-    events: AsyncIterable[Any], serving: ServingConfig, context: RequestContext
+    events: AsyncIterable[Any], serving: ServingConfig, contexts: list[RequestContext]
 ) -> AsyncIterator[Any]:
     """Pass server-sent events on; the first chunk and the last before ``[DONE]`` carry the report.
 
@@ -123,13 +154,13 @@ async def _stream_with_score(
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
         if text.startswith("data: [DONE]") and held is not None:
-            yield _with_score(held, context.score(serving))
+            yield _with_score(held, contexts[-1].score(serving))
             held = None
         elif held is not None and text.startswith("data: "):
             yield held
             held = None
         if not begun and text.startswith("data: {"):
-            event, begun = _with_score(event, context.score(serving)), True
+            event, begun = _with_score(event, contexts[-1].score(serving)), True
         # Inside a token's text the quotes of this mark would be escaped.
         if text.startswith("data: {") and '"finish_reason":null' not in text:
             held = event
@@ -218,6 +249,7 @@ class ScoreEndpointPlugin:
             summary="Count tokens; those of videos as a chat completion would",
         )
         app.add_exception_handler(MediaError, media_error_response)  # type: ignore[arg-type]
+        app.add_exception_handler(HTTPException, http_error_response)  # type: ignore[arg-type]
         routes = [route for route in app.routes if isinstance(route, APIRoute)]
         ours = {CHAT_PATH, TOKENIZE_PATH}
         paths = frozenset(route.path for route in routes if "POST" in route.methods) - ours

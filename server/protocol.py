@@ -241,6 +241,6 @@ class ScoreChatCompletionResponse(ChatCompletionResponse):
 
 
 class ScoreTokenizeResponse(TokenizeResponse):
-    """vLLM's token count with our report."""
+    """vLLM's token count with our report, which a plain prompt has not."""
 
-    score: ScoreReport
+    score: ScoreReport | None = None

@@ -248,7 +248,7 @@ def test_streams_without_answers_pass_through(chunks: list[str]) -> None:
 
     async def collect() -> list[str]:
         request = RequestContext(None)
-        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), request)]
+        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), [request])]
 
     assert asyncio.run(collect()) == [*chunks, "data: [DONE]\n\n"]
 
@@ -267,16 +267,13 @@ def test_a_stream_says_the_same_at_both_ends(tmp_path: Path) -> None:
             yield text
 
     async def collect() -> list[str]:
-        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), request)]
+        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), [request])]
 
     first, middle, last, done = asyncio.run(collect())
     assert (middle, done) == (chunk % "null", "data: [DONE]\n\n")
     scores = [json.loads(text.removeprefix("data: "))["score"] for text in (first, last)]
     assert scores[0] == scores[1]
     assert [(v["encoded_cells"], v["reused_cells"]) for v in scores[0]["videos"]] == [(5, 3), (0, 8)]
-
-
-def test_a_worker_on_another_machine_keeps_its_numbers(tmp_path: Path) -> None:
 
 
 def test_a_worker_on_another_machine_keeps_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
