@@ -78,7 +78,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     env = environment(folder, f"127.0.0.1:{port}")
     # Its sockets have long names.
     short = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--num-gpus=2", f"--port={port}"]
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--num-gpus=3", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
     command += [f"--ray-client-server-port={free_port()}"]
     command += ["--object-store-memory=200000000", f"--temp-dir={short}"]
