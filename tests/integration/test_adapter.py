@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
@@ -23,7 +24,17 @@ from score_vllm.models import video_loaders
 from score_vllm.models.adapter import check_engine_config, load_policy
 from score_vllm.models.cell_records import EncodedCellsReader, EncodedCellsWriter, draw_ticket
 from score_vllm.models.processing import VideoReport, VideoSpec
-from score_vllm.models.timing import BUCKETS, RING, STATS_VARIABLE, CompressorStats, Totals, _Video, read_stats, read_videos, stats_directory
+from score_vllm.models.timing import (
+    BUCKETS,
+    RING,
+    STATS_VARIABLE,
+    CompressorStats,
+    Totals,
+    _Video,
+    read_stats,
+    read_videos,
+    stats_directory,
+)
 from score_vllm.models.video_options import VideoOptions
 from score_vllm.server import endpoints
 from score_vllm.server.context import RequestContext
