@@ -224,7 +224,7 @@ def try_schema(url: str, examples: int, log: Path) -> dict[str, Any]:
     # Answers 501 by design: no model here has what it is for.
     command += ["--exclude-path", "/v1/systemone"]
     with log.open("wb") as sink:
-        code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, cwd=log.parent).returncode
     text = log.read_text(errors="replace")
     print(text[-3000:])
     return {"exit_code": code, "summary": [line for line in text.splitlines() if "test cases" in line]}
