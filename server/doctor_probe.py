@@ -153,7 +153,8 @@ def check_server(argv: list[str]) -> Iterator[Found]:
         lines = said.getvalue().strip().splitlines() or ["it does not parse"]
         yield _error("options", lines[-1], "score-serve --help=all lists every option")
         return
-    if "--model" not in " ".join(argv) and args.model_tag is None:
+    named = {word.split("=")[0] for word in argv} & {"--model", "--config"}
+    if not named and args.model_tag is None:
         yield _warning("model", "none was named: only the machine was checked", "score-serve doctor --model MODEL ...")
         return
     args.port = 0  # checked before, and free for this process
