@@ -77,6 +77,8 @@ class ScoreGlm4vDummyInputsBuilder(AdmissionDummyInputsMixin, Glm4vDummyInputsBu
 class ScoreGlm4vProcessor(CompressionProcessorMixin, Glm4vMultiModalProcessor):
     """Cells between markers, each a position grid of its own. Frames take the image's token."""
 
+    takes_embeddings = False
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         processor = info.get_hf_processor()

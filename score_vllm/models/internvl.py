@@ -57,6 +57,8 @@ class ScoreInternVLDummyInputs(AdmissionDummyInputsMixin, InternS1DummyInputsBui
 class ScoreInternVLProcessor(CompressionProcessorMixin, InternS1MultiModalProcessor):
     """Numbered square frames, one position per token."""
 
+    takes_embeddings = False
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self._setup_compression(info.get_hf_processor().video_token)

@@ -54,6 +54,8 @@ class ScoreLlavaOnevisionDummyInputs(AdmissionDummyInputsMixin, LlavaOnevisionDu
 class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMultiModalProcessor):
     """Square frames in a row, one position per token."""
 
+    takes_embeddings = False
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self._setup_compression(info.get_hf_processor().video_token)

@@ -109,6 +109,8 @@ class CompressionProcessorMixin:
 
     # vLLM's rotary table of this family holds this many times max_position_embeddings.
     rotary_table_factor = 4
+    # Whether precomputed embeddings bring what a layout is made from.
+    takes_embeddings = True
 
     def video_layouts(self, data: Mapping[str, Any], items: Any) -> list[VideoLayout]:
         """The span of each video; empty where there is none.
@@ -152,6 +154,8 @@ class CompressionProcessorMixin:
         count = len(videos) if videos is not None else 0
         asked = inputs.hf_processor_mm_kwargs
         method = self._resolve_method(asked.get(METHOD_KEY))
+        if isinstance(videos, EmbeddingItems | DictEmbeddingItems) and not self.takes_embeddings:
+            raise RequestFieldError("video_embeds cannot be compressed with this model: send the video", "video_embeds")
         if isinstance(videos, EmbeddingItems | DictEmbeddingItems) and methods.get(method).saliency:
             others = [name for name in self.serving.methods if not methods.get(name).saliency]
             raise RequestFieldError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from score_vllm import num_retained_tokens
@@ -17,7 +18,7 @@ from score_vllm.vision.cell_cache import count_distinct
 
 from .family_oracle import random_video
 from .test_admission import processor
-from .tiny_families import build_llava, build_qwen3
+from .tiny_families import HIDDEN, build_llava, build_qwen3
 from .tiny_glm_internvl import GLM_TOKENS, build_glm, build_internvl
 
 QWEN, GLM = "<|vision_start|><|video_pad|><|vision_end|>", "".join(GLM_TOKENS[3:])
@@ -79,6 +80,15 @@ def test_no_shape_has_more_tokens_than_the_limit(size: tuple[int, int], family: 
     assert made.info.video_limit.tokens == 3 * 100
     (report,) = process(made, video, [random_video(6, *size, seed=3)])[REPORT_KEY]
     assert 4 <= report.grid.num_tokens <= 300
+
+
+def test_embeddings_without_a_layout_are_refused(family: Any) -> None:
+    _, directory, video = family
+    made = processor(directory, enable_mm_embeds=True)
+    if made.takes_embeddings:
+        pytest.skip("Qwen's embeddings come with their grids")
+    with pytest.raises(RequestFieldError, match="video_embeds cannot be compressed with this model"):
+        process(made, video, [torch.rand(16, HIDDEN)])
 
 
 @GLMS
