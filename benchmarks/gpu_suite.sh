@@ -52,6 +52,13 @@ step parity "$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/kernel
   --junitxml="$out/gpu_parity.xml" tests/kernels/parity
 step gpu-tests "$python" -m pytest -q -p no:cacheprovider --confcutdir=tests/gpu \
   --junitxml="$out/gpu_tests.xml" tests/gpu/test_kernels.py
+if "$python" -c "import vllm, score_vllm" 2>/dev/null; then
+  # Engines: sleep mode, the encoder's CUDA graphs, the cell cache.
+  step gpu-engines "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/gpu_engines.xml" \
+    tests/gpu/test_sleep.py tests/gpu/test_encoder_graphs.py
+else
+  echo "== gpu-engines: NOT RUN, vllm or score-vllm is not installed"
+fi
 if ((failed)); then
   echo "== benchmarks: NOT RUN, a test failed"
   exit 1
