@@ -17,7 +17,7 @@ from vllm import SamplingParams  # noqa: E402
 
 from .conftest import CHUNK, Engine, make_video  # noqa: E402
 from .oracle import VisualItem, greedy  # noqa: E402
-from .warm_cells import check_warm_cells  # noqa: E402
+from .warm_cells import check_warm_cells, forget_answers  # noqa: E402
 
 VIDEO, IMAGE = "<|vision_start|><|video_pad|><|vision_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -244,6 +244,34 @@ def test_no_cell_is_encoded_twice(
 
     model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     check_warm_cells(ask, engine.llm, model, frames, 2, monkeypatch)
+
+
+def test_with_the_encoder_in_data_parallel_mode_an_item_is_a_cell(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the ranks share one video; here there is one rank."""
+    from vllm.model_executor.models import qwen2_5_vl
+
+    model = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    video = make_video(12, 84, 112, seed=8200)
+    engine.clear()
+    expected = generate(engine, f"{VIDEO}?", [video], ratio=0.4).outputs[0].token_ids
+    ((rows, _, _),) = list(engine.compressed)
+    forget_answers(engine.llm)
+    model.compressor.cells.clear()
+    shard, grids = qwen2_5_vl.run_dp_sharded_mrope_vision_model, []
+
+    def spy(visual: Any, pixels: Any, grid: Any, **options: Any) -> Any:
+        grids.append(grid)
+        return shard(visual, pixels, grid, **options)
+
+    monkeypatch.setattr(qwen2_5_vl, "run_dp_sharded_mrope_vision_model", spy)
+    monkeypatch.setattr(model, "use_data_parallel", True)
+    engine.clear()
+    output = generate(engine, f"{VIDEO}?", [video], ratio=0.4)
+    assert grids == [[[1, 6, 8]] * 6]
+    assert torch.equal(engine.compressed[0][0], rows)
+    assert list(output.outputs[0].token_ids) == list(expected)
 
 
 def test_decode_does_no_position_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
