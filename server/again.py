@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from vllm.exceptions import GenerationError
 
-logger = logging.getLogger(__name__)
+# The log of requests has a handler.
+logger = logging.getLogger("score_vllm.requests")
 
 # Others may leave at the wrong moment meanwhile.
 TRIES = 3

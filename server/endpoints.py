@@ -78,6 +78,8 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
     async def attempt() -> Response:
         if contexts:
             counts.set(False)  # its videos are counted already
+            if (record := request_log.current.get()) is not None:
+                record.reports.clear()
         contexts.append(enter(request, state))
         contexts[-1].encoded = None if state is None else state.encoded
         return await upstream_chat.create_chat_completion(request, raw_request)

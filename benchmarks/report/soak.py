@@ -30,11 +30,12 @@ def soak_verdict(document: Document) -> str:
     """Wrong answers, what was done to the server, and the schema's test."""
     faults = ", ".join(f"{name} ({count})" for name, count in document["faults"].items())
     wrong, schema = len(document["wrong_answers"]), document["schema_test"]
-    tried = "; ".join(schema["summary"]) or f"schemathesis ended with {schema['exit_code']}"
+    failed = f"a 500 or an undocumented answer from {', '.join(schema['failed'])}" if schema["failed"] else "no fault"
     return (
         f"**{wrong} wrong or lost answers.** Done to the server meanwhile: {faults}. All "
-        f"{document['different_questions']} good questions, asked alone before, half-way and at the end, gave the same "
-        f"tokens. The OpenAPI surface: {tried}."
+        f"{document['different_questions']} good questions were asked alone too, before, between and at the end. The "
+        f"OpenAPI surface: {schema['operations']} operations, {schema['cases']} requests drawn from their schemas, "
+        f"{failed}."
     )
 
 
