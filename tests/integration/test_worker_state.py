@@ -153,6 +153,7 @@ def test_attention_is_kept_only_for_methods_that_rank_by_it(engine: Engine) -> N
 
 def test_the_profiling_run_is_forgotten_once(engine: Engine) -> None:
     """With several API servers the second one asks while the first may already have served."""
+    from score_vllm.models.timing import _Video
     from score_vllm.models.worker import ScoreWorkerExtension
 
     class Worker(ScoreWorkerExtension):
@@ -161,9 +162,10 @@ def test_the_profiling_run_is_forgotten_once(engine: Engine) -> None:
     worker = Worker()
     compressor = VideoCompressor(ServingConfig(0.5, "uniform"), 16, "any")
     worker.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(compressor=compressor))
-    compressor.stats._record(1.0, has_nan=True)
+    broken = _Video(selection=(0.0, 1.0), has_nan=torch.tensor(True))
+    compressor.stats._record(broken)
     assert worker.score_status()["nan_videos"] == 0
-    compressor.stats._record(1.0, has_nan=True)
+    compressor.stats._record(broken)
     assert worker.score_status()["nan_videos"] == 1
 
 
