@@ -31,7 +31,8 @@ from tests.video_writing import numbered
 
 from .conftest import BIN, ROOT, Cluster
 
-pytestmark = pytest.mark.ray
+# Two servers with three engines start side by side: minutes on two busy cores.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 TOKENS = 24
 QUESTIONS = ("What happens?", "How many things are there?")
 OTHER_RATIO = 0.5
@@ -162,7 +163,7 @@ def servers(cluster: Cluster, rows: Rows) -> Iterator[dict[str, Server]]:
             stack.callback(stop, process)
             started[name] = Server(f"http://127.0.0.1:{port}", process, log)
         for server in started.values():
-            wait_ready(server.url, server.process, server.log, 500)
+            wait_ready(server.url, server.process, server.log, 1200)
         yield started
 
 
