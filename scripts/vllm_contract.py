@@ -29,7 +29,8 @@ QWEN2_5_VL = "vllm.model_executor.models.qwen2_5_vl"
 # Methods that we override, or call as if they were ours: they appear in no import.
 METHODS = {
     PROCESSOR: "apply get_dummy_inputs get_dummy_mm_inputs _get_mm_hashes _get_cache_missing_processor_kwargs"
-    " _apply_hf_processor_main _get_mm_fields_config _get_prompt_updates _maybe_apply_prompt_updates",
+    " _apply_hf_processor _merge_mm_kwargs _apply_hf_processor_main _get_mm_fields_config _get_prompt_updates"
+    " _maybe_apply_prompt_updates",
     "vllm.multimodal.processing.context:BaseProcessingInfo": "_merge_and_resolve_mm_processor_kwargs"
     " get_mm_max_tokens_per_item get_hf_processor",
     "vllm.multimodal.processing.dummy_inputs:BaseDummyInputsBuilder": "get_dummy_mm_data _get_dummy_videos",
@@ -54,6 +55,8 @@ METHODS = {
     "vllm.renderers.base:BaseRenderer": "render_chat_async render_cmpl_async",
     "vllm.v1.engine.input_processor:InputProcessor": "process_inputs",
     "vllm.v1.engine.async_llm:AsyncLLM": "collective_rpc generate",
+    "vllm.v1.engine.core_client:AsyncMPClient": "call_utility_all_async",
+    "vllm.v1.engine.core:EngineCore": "collective_rpc",
     "vllm.v1.metrics.stats": "RequestStateStats",
     "vllm.v1.core.encoder_cache_manager": "compute_mm_encoder_budget",
     "vllm.plugins": "load_general_plugins load_endpoint_plugins",

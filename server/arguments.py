@@ -10,7 +10,7 @@ from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
 from score_vllm.config import MAX_CELL_CACHE_GIB, MIN_PIXELS, check_cell_cache_gib
 from score_vllm.near_miss import near_miss
-from score_vllm.server.options import LOADERS, TRAINING_FREE_METHOD
+from score_vllm.server.options import LOADERS, LOCAL_HOSTS, TRAINING_FREE_METHOD
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 PROG = "score-serve"
@@ -90,6 +90,12 @@ def add_options(parser: Any) -> None:
         metavar="GIB",
         help="memory in which a worker keeps the vision tower's output, so that no temporal cell is encoded twice; 0 "
         "keeps none (default: 1 on a CPU, 4 %% of a GPU's memory)",
+    )
+    group.add_argument(
+        "--playground",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"serve a page to try the model on at /playground (default: where --host is {', '.join(LOCAL_HOSTS)})",
     )
     group.add_argument(
         "--video-loader",

@@ -46,7 +46,8 @@ def banner(args: argparse.Namespace) -> str:
         "temperature": 0,
     }
     curl = f"curl -s {base_url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-    return f"\nscore-serve: ready at {base_url}/v1 - try:\n\n{curl}\n\n"
+    page = f"; playground at {base_url}/playground" if args.playground else ""
+    return f"\nscore-serve: ready at {base_url}/v1{page} - try:\n\n{curl}\n\n"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,17 @@ ALIASES = {
     "end_time": "video_end",
     "stop": "video_end",
 }
-OWN_FIELDS = ("retention_ratio", "retention_method", "video_start", "video_end", "video_fps", "video_max_frames")
+# Of chat completions alone; the others also decide what /tokenize counts.
+EXPLAIN_FIELD = "score_explain"
+OWN_FIELDS = (
+    "retention_ratio",
+    "retention_method",
+    "video_start",
+    "video_end",
+    "video_fps",
+    "video_max_frames",
+    EXPLAIN_FIELD,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from score_vllm.config import ServingConfig
 from score_vllm.models.cell_records import EncodedCellsReader
 from score_vllm.models.processing import VideoReport
 from score_vllm.models.video_options import VideoOptions, pending_options
-from score_vllm.server.content import video_parts
+from score_vllm.server.content import EXPLAIN_FIELD, OWN_FIELDS, video_parts
 from score_vllm.server.protocol import FIELD, METHOD_FIELD, VIDEO_FIELDS, VideoFields
 
 
@@ -25,12 +25,16 @@ class ServerState:
         max_frames: most frames that a request may ask for, or None where another loader than ours reads.
         trusts_requests: whether the operator takes ``media_io_kwargs`` from requests.
         encoded: what the workers say of the cells they encoded; None where they leave no files.
+        engine_client: vLLM's, of this process.
+        playground: whether the page at /playground is served.
     """
 
     serving: ServingConfig
     max_frames: int | None
     trusts_requests: bool = False
     encoded: EncodedCellsReader | None = None
+    engine_client: Any = None
+    playground: bool = False
 
 
 @dataclass
@@ -41,6 +45,7 @@ class RequestContext:
         ratio: ``retention_ratio`` of the request.
         method: ``retention_method`` of the request.
         options: one per video; empty where the request says nothing about any.
+        explain: whether the response shows what was kept.
         reports: filled by the renderer, one per video.
         encoded: set where the videos reach the model.
         cells: encoded for each video, as far as it has been asked for.
@@ -49,6 +54,7 @@ class RequestContext:
     ratio: float | list[float] | None
     method: str | None = None
     options: tuple[VideoOptions, ...] = ()
+    explain: bool = False
     reports: list[VideoReport] = field(default_factory=list)
     encoded: EncodedCellsReader | None = None
     cells: Counter[int] = field(default_factory=Counter)
@@ -79,7 +85,7 @@ def enter(request: VideoFields, state: ServerState | None) -> RequestContext:
     Raises:
         VLLMValidationError: a field that this server does not know, or a list of another length than the videos.
     """
-    given = [name for name in (FIELD, METHOD_FIELD, *VIDEO_FIELDS) if getattr(request, name) is not None]
+    given = [name for name in OWN_FIELDS if getattr(request, name, None) is not None]
     if state is None:
         if given:
             text = f"{given[0]} was given, but this server runs without SCORE"
@@ -117,7 +123,8 @@ def enter(request: VideoFields, state: ServerState | None) -> RequestContext:
         options = tuple(request.options_of(index) for index in range(len(videos)))
         for index, option in enumerate(options):
             _check(option, state.max_frames, f" of video {index}" if len(videos) > 1 else "")
-    context = RequestContext(request.retention_ratio, request.retention_method, options)
+    explain = bool(getattr(request, EXPLAIN_FIELD, None))
+    context = RequestContext(request.retention_ratio, request.retention_method, options, explain)
     # Each request has a context of its own.
     current.set(context)
     fetched = [option for option, video in zip(options, videos, strict=False) if video.has_url]

@@ -34,7 +34,7 @@ from score_vllm.models.processing import CompressionProcessorMixin
 from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER, model_resize
 from score_vllm.models.worker import WORKER_EXTENSION
-from score_vllm.server import again, metrics, request_log, sampling
+from score_vllm.server import again, explain, metrics, playground, request_log, sampling
 from score_vllm.server.content import OWN_FIELDS
 from score_vllm.server.context import RequestContext, ServerState, counts, enter
 from score_vllm.server.other_routes import CHAT_PATH, TOKENIZE_PATH, RefuseElsewhere
@@ -94,9 +94,9 @@ async def create_chat_completion(request: ScoreChatCompletionRequest, raw_reques
     response = await again.answered(attempt)
     if state is not None and isinstance(response, StreamingResponse):
         events = again.streamed(response.body_iterator, attempt_stream)
-        response.body_iterator = _stream_with_score(events, state.serving, contexts)
+        response.body_iterator = _stream_with_score(events, state, contexts)
         return response
-    return _json_with_score(response, state, contexts[-1])
+    return await _json_with_score(response, state, contexts[-1])
 
 
 async def tokenize(request: TokenizeCompletionRequest | ScoreTokenizeChatRequest, raw_request: Request) -> Response:
@@ -108,7 +108,7 @@ async def tokenize(request: TokenizeCompletionRequest | ScoreTokenizeChatRequest
                 raise VLLMValidationError(f"{name} was given, but the request has no messages", parameter=name)
         return await upstream_tokenize.tokenize(request, raw_request)
     context = enter(request, state)
-    return _json_with_score(await upstream_tokenize.tokenize(request, raw_request), state, context)
+    return await _json_with_score(await upstream_tokenize.tokenize(request, raw_request), state, context)
 
 
 async def _as_events(refusal: Response) -> AsyncIterator[str]:
@@ -117,11 +117,11 @@ async def _as_events(refusal: Response) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def _json_with_score(response: Response, state: ServerState | None, context: RequestContext) -> Response:
+async def _json_with_score(response: Response, state: ServerState | None, context: RequestContext) -> Response:
     if state is None or not isinstance(response, JSONResponse) or response.status_code != 200:
         return response
     body = json.loads(bytes(response.body))
-    body["score"] = context.score(state.serving)
+    body["score"] = await explain.explained(context.score(state.serving), state, context)
     kept = {k: v for k, v in response.headers.items() if k not in ("content-length", "content-type")}
     return JSONResponse(body, headers=kept, background=response.background)
 
@@ -144,7 +144,7 @@ async def http_error_response(request: Request, error: HTTPException) -> JSONRes
 
 
 async def _stream_with_score(
-    events: AsyncIterable[Any], serving: ServingConfig, contexts: list[RequestContext]
+    events: AsyncIterable[Any], state: ServerState, contexts: list[RequestContext]
 ) -> AsyncIterator[Any]:
     """Pass server-sent events on; the first chunk and the last before ``[DONE]`` carry the report.
 
@@ -156,13 +156,14 @@ async def _stream_with_score(
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
         if text.startswith("data: [DONE]") and held is not None:
-            yield _with_score(held, contexts[-1].score(serving))
+            score = contexts[-1].score(state.serving)
+            yield _with_score(held, await explain.explained(score, state, contexts[-1]))
             held = None
         elif held is not None and text.startswith("data: "):
             yield held
             held = None
         if not begun and text.startswith("data: {"):
-            event, begun = _with_score(event, contexts[-1].score(serving)), True
+            event, begun = _with_score(event, contexts[-1].score(state.serving)), True
         # Inside a token's text the quotes of this mark would be escaped.
         if text.startswith("data: {") and '"finish_reason":null' not in text:
             held = event
@@ -258,6 +259,7 @@ class ScoreEndpointPlugin:
         app.add_middleware(RefuseElsewhere, paths=paths)
         app.add_middleware(request_log.RequestLog, always=frozenset({CHAT_PATH}))
         metrics.attach_page(app)
+        playground.attach(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Any) -> None:
         """Check that every process compresses, then hook the renderer and the metrics.
@@ -281,6 +283,7 @@ class ScoreEndpointPlugin:
             metrics.expose_workers(Path(directory))
             encoded = EncodedCellsReader(Path(directory))
         trusts = bool(args.trust_request_mm_kwargs)
-        state.score = ServerState(serving, _prepare_reading(engine_client), trusts, encoded)
+        shown = bool(getattr(args, "playground", False))
+        state.score = ServerState(serving, _prepare_reading(engine_client), trusts, encoded, engine_client, shown)
         if (text := getattr(args, "score_banner", None)) is not None:
             state.score_announcement = asyncio.create_task(_announce(args.host, args.port, text))

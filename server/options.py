@@ -25,6 +25,8 @@ DEFAULT_ON_GROUPS = (
 )
 LOADERS = {"pyav": "score_pyav", "decord": "score_decord", "vllm": None}
 MAX_DOWNLOAD_BYTES = 1 << 30
+# The playground is served there unless it is switched off.
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 MAX_VIDEOS_PER_PROMPT = 8
 
 
@@ -288,4 +290,6 @@ def configure(args: argparse.Namespace) -> str | None:
     apply_scheduler_options(args)
     apply_logging(args)
     args.score_clip = model.demo_clip
+    if args.playground is None:
+        args.playground = args.host in LOCAL_HOSTS
     return warning

@@ -9,7 +9,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMValidationError
 
 from score_vllm.server import context
-from score_vllm.server.content import OWN_FIELDS, has_video
+from score_vllm.server.content import EXPLAIN_FIELD, OWN_FIELDS, has_video
 
 CHAT_PATH = "/v1/chat/completions"
 TOKENIZE_PATH = "/tokenize"
@@ -72,7 +72,7 @@ def _refusal(path: str, body: bytes) -> VLLMValidationError | None:
         nested = parsed.get("extra_body")
         for holder in (parsed, nested if isinstance(nested, dict) else {}):
             if (name := next((name for name in OWN_FIELDS if name in holder), None)) is not None:
-                accepting = CHAT_PATH if path == TOKENIZE_PATH else f"{CHAT_PATH} and {TOKENIZE_PATH}"
+                accepting = CHAT_PATH if name == EXPLAIN_FIELD else f"{CHAT_PATH} and {TOKENIZE_PATH}"
                 return VLLMValidationError(f"{name} is supported on {accepting} only, not on {path}", parameter=name)
         if pictures is not None and has_video(parsed.get(pictures)):
             text = f"videos are supported on {CHAT_PATH}, not on {path}"

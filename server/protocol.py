@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 
 from score_vllm.budget import check_retention_ratio
 from score_vllm.models.video_options import VideoOptions
-from score_vllm.server.content import ALIASES, OWN_FIELDS, standard_messages
+from score_vllm.server.content import ALIASES, EXPLAIN_FIELD, OWN_FIELDS, standard_messages
 
 FIELD = "retention_ratio"
 METHOD_FIELD = "retention_method"
@@ -105,6 +105,17 @@ def parse_retention_method(value: Any) -> str | None:
     )
 
 
+def parse_explain(value: Any) -> bool | None:
+    """A switch.
+
+    Raises:
+        VLLMValidationError: neither true nor false.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    raise VLLMValidationError(f"{EXPLAIN_FIELD} must be true or false, got {brief(value)}", parameter=EXPLAIN_FIELD)
+
+
 class VideoFields(BaseModel):
     """Our fields beside those of vLLM's request."""
 
@@ -160,6 +171,9 @@ class VideoFields(BaseModel):
     def _refuse_near_misses(self) -> "VideoFields":
         """vLLM ignores unknown fields; a mistyped one of ours would compress by the default in silence."""
         for name in self.model_extra or ():
+            if name == EXPLAIN_FIELD:
+                text = f"{name} is a field of chat completions alone: nothing is selected before a question is answered"
+                raise VLLMValidationError(text, parameter=name)
             if (close := near_miss(name)) is not None:
                 raise VLLMValidationError(
                     f"{name!r} is not a field of this API; did you mean {close!r}?", parameter=name
@@ -182,6 +196,8 @@ def near_miss(name: str) -> str | None:
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_")
     if (bare := plain.removeprefix("video_")) in ALIASES:
         return ALIASES[bare]
+    if plain.startswith("score_") or plain == "explain":
+        return EXPLAIN_FIELD
     if plain.startswith(("retention", "video_")):
         return difflib.get_close_matches(plain, OWN_FIELDS, n=1, cutoff=0.0)[0]
     return None
@@ -189,6 +205,11 @@ def near_miss(name: str) -> str | None:
 
 class ScoreChatCompletionRequest(VideoFields, ChatCompletionRequest):
     """vLLM's chat request with our fields beside OpenAI's."""
+
+    score_explain: Annotated[bool | None, BeforeValidator(parse_explain)] = Field(
+        default=None,
+        description="Whether score.videos says which tokens were kept: cell_seconds, kept_per_cell, kept_mask.",
+    )
 
 
 class ScoreTokenizeChatRequest(VideoFields, TokenizeChatRequest):
@@ -224,6 +245,19 @@ class VideoScore(BaseModel):
     source_fps: float | None = Field(default=None, description="Mean pictures a second of the source.")
     source_size: tuple[int, int] | None = Field(default=None, description="Width and height, before scaling.")
     warnings: list[str] | None = Field(default=None, description="What was repaired, skipped or fitted.")
+    # With score_explain only.
+    cell_seconds: list[float] | None = Field(
+        default=None, description="Second of the first frame of each cell; null where the frames came without times."
+    )
+    kept_per_cell: list[int] | None = Field(default=None, description="Kept tokens of each temporal cell.")
+    kept_mask: str | None = Field(
+        default=None,
+        description=(
+            "Base64 of one bit per visual token, 1 where it was kept, in the order of cells, rows, columns; the first "
+            "is the highest bit of the first byte."
+        ),
+    )
+    kept_missing: str | None = Field(default=None, description="Why kept_per_cell and kept_mask are null.")
 
 
 class ScoreReport(BaseModel):

@@ -34,7 +34,16 @@ from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.layout import AXES, VideoLayout
 from score_vllm.models.cell_records import EncodedCellsWriter
 from score_vllm.models.cells import ROWS, CellEncoder, Values, cache_bytes
-from score_vllm.models.processing import CELLS_KEY, LAYOUT_KEY, METHOD_INDEX_KEY, NUM_RETAINED_KEY, TICKET_KEY
+from score_vllm.models.processing import (
+    CELLS_KEY,
+    IDENTITY_KEY,
+    LAYOUT_KEY,
+    METHOD_INDEX_KEY,
+    NUM_RETAINED_KEY,
+    TICKET_KEY,
+    identity_of,
+)
+from score_vllm.models.selections import RecentSelections
 from score_vllm.models.timing import CompressorStats, stats_directory
 from score_vllm.policy import RetentionPolicy
 from score_vllm.positions import POSITION_CHANNELS, VisualSpan, prompt_positions, unpack_offsets
@@ -72,6 +81,7 @@ class VideoCompressor:
         self._directory = stats_directory() if get_tensor_model_parallel_rank() == 0 else None
         self.stats = CompressorStats(self._directory)
         self.cells: CellEncoder | None = None
+        self.selections = RecentSelections()
         # Weights of the learned methods besides score, on the CPU until prepare() moves them.
         self.selector_weights: dict[str, Any] = {}
         for name in serving.methods:
@@ -141,6 +151,7 @@ class VideoCompressor:
         method: str,
         saliency: torch.Tensor | None = None,
         learned: torch.Tensor | None = None,
+        key: str = "",
     ) -> torch.Tensor:
         """Keep K tokens of a video and append their channels, its structure rows between them.
 
@@ -152,6 +163,7 @@ class VideoCompressor:
             method: one of the serving configuration's methods.
             saliency: [T, N] for the methods that need one.
             learned: [D] content of structure rows that are no text.
+            key: by which the selection can be asked for afterwards; empty: it cannot.
 
         Returns:
             [S + K, W + 9 or 12] in the dtype of ``x``.
@@ -163,6 +175,7 @@ class VideoCompressor:
                 weights = self._policy_weights(x.dtype, x.device)
                 out = ops.select_rows(video, weights, num_retained, table, width=self.hidden_size, learned=learned)
                 measured.has_nan = out.has_nan
+                self.selections.keep(key, layout.grid, out.indices)
                 return out.buffer
             read = video[..., : self.hidden_size]
             seconds = None
@@ -178,6 +191,7 @@ class VideoCompressor:
                 seconds=seconds,
                 weights=self.selector_weights.get(method),
             )
+            self.selections.keep(key, layout.grid, kept.indices)
             return ops.gather(video, kept.indices, table, learned=learned, rows=kept.embeddings)
 
 
@@ -336,11 +350,10 @@ class CompressionModelMixin:
         methods_of = self.compressor.serving.methods
         outputs = []
         timed = self.compressor.stats.encoding(encoded, fields[TICKET_KEY], self._position_offsets.device)
-        for (x, saliency), packed, kept, index in zip(
-            timed, fields[LAYOUT_KEY], fields[NUM_RETAINED_KEY], fields[METHOD_INDEX_KEY], strict=True
-        ):
-            layout, method = VideoLayout.from_tensor(packed), methods_of[int(index)]
-            outputs.append(self.compressor.compress(x, layout, int(kept), method, saliency, self.learned_row))
+        own = (fields[name] for name in (LAYOUT_KEY, NUM_RETAINED_KEY, METHOD_INDEX_KEY, IDENTITY_KEY))
+        for (x, saliency), packed, kept, index, identity in zip(timed, *own, strict=True):
+            layout, method, key = VideoLayout.from_tensor(packed), methods_of[int(index)], identity_of(identity)
+            outputs.append(self.compressor.compress(x, layout, int(kept), method, saliency, self.learned_row, key))
         return tuple(outputs)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:

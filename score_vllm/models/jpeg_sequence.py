@@ -91,7 +91,7 @@ def load_jpeg_sequence(
         source_size=size,
         step=sample.step,
     )
-    return frames, SampledMetadata(video.metadata(LOADER), video.report())
+    return frames, SampledMetadata(video.metadata(LOADER), video.report(), video.times.tolist())
 
 
 def _check_size(size: tuple[int, int], total: int, limits: DecodeLimits) -> None:

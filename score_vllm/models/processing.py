@@ -46,7 +46,9 @@ METHOD_INDEX_KEY = "score_method_index"
 # [T, 4] int64 per video, see :func:`cell_keys`, and the name under which the worker says how many it encoded.
 CELLS_KEY = "score_cells"
 TICKET_KEY = "score_ticket"
-FIELDS = (LAYOUT_KEY, NUM_RETAINED_KEY, METHOD_INDEX_KEY, CELLS_KEY, TICKET_KEY)
+# The video's identity in vLLM's caches, as bytes: by it a worker finds again what it kept of the video.
+IDENTITY_KEY = "score_identity"
+FIELDS = (LAYOUT_KEY, NUM_RETAINED_KEY, METHOD_INDEX_KEY, CELLS_KEY, TICKET_KEY, IDENTITY_KEY)
 REPORT_KEY = "score"
 
 
@@ -80,6 +82,16 @@ class VideoReport:
     structure_tokens: int = 0
     read: Mapping[str, Any] | None = None
     ticket: int | None = None
+    times: Sequence[float] | None = None
+    identity: str = ""
+
+    @property
+    def cell_seconds(self) -> list[float] | None:
+        """[T] second of the first frame of each cell; None where the frames came without times."""
+        if self.times is None:
+            return None
+        frames, cells = len(self.times), self.grid.t
+        return [round(float(self.times[-(-cell * frames // cells)]), 3) for cell in range(cells)]
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -261,6 +273,30 @@ class CompressionProcessorMixin:
         missing = tuple(spec for spec, hit in zip(specs, mm_is_cached["video"], strict=True) if not hit)
         return {**clean, SPECS_KEY: missing}
 
+    def _apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Without vLLM's processor cache: every video is new."""
+        result = super()._apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
+        self._identify(result.kwargs, result.hashes.get("video", ()))
+        return result
+
+    def _merge_mm_kwargs(
+        self, cache: Any, mm_hashes: Any, mm_is_cached: Any, mm_missing_kwargs: Any, mm_missing_prompt_updates: Any
+    ) -> Any:
+        """With it: those that it does not hold are, and go into it with their identities."""
+        pairs = zip(mm_hashes.get("video", ()), mm_is_cached.get("video", ()), strict=True)
+        self._identify(mm_missing_kwargs, [digest for digest, hit in pairs if not hit])
+        return super()._merge_mm_kwargs(  # type: ignore[misc]
+            cache, mm_hashes, mm_is_cached, mm_missing_kwargs, mm_missing_prompt_updates
+        )
+
+    def _identify(self, kwargs: Any, digests: Sequence[str]) -> None:
+        """Let each video carry its identity to the worker."""
+        if self.serving is not None and digests:
+            values = [torch.tensor(list(digest.encode()), dtype=torch.uint8) for digest in digests]
+            field = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+            for item, elem in zip(kwargs["video"], field.build_elems(IDENTITY_KEY, values), strict=True):
+                item[IDENTITY_KEY] = elem
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """Run the family's processor without our key, then fix K once, for every later use."""
         specs, clean = _split_specs(hf_kwargs)
@@ -309,10 +345,9 @@ class CompressionProcessorMixin:
             item = out_mm_kwargs["video"][item_idx]
             layout = VideoLayout.from_tensor(item[LAYOUT_KEY].data)
             kept = int(item[NUM_RETAINED_KEY].data)
-            read = _read_of(mm_items, item_idx)
             ticket = int(item[TICKET_KEY].data) if "pixel_values_videos" in item else None
             spec, structure = specs[item_idx], layout.structure_tokens
-            report = VideoReport(layout.grid, kept, spec, layout.extent, structure, read, ticket)
+            report = VideoReport(layout.grid, kept, spec, layout.extent, structure, ticket=ticket)
             # Which vision rows stand between the structure rows is known only after the tower: the ids of the span are
             # right as a multiset, not in order. Nothing reads them but the embedding, which overwrites them.
             ids = [self._row_token_id if token == LEARNED else int(token) for token in layout.ids]
@@ -323,8 +358,13 @@ class CompressionProcessorMixin:
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         if self.serving is not None:
-            for updates in mm_res.prompt_updates.get("video", []):
-                _reports.get().append(updates[0].content.report)
+            pairs = zip(mm_res.prompt_updates.get("video", ()), mm_res.hashes.get("video", ()), strict=True)
+            for index, (updates, digest) in enumerate(pairs):
+                # Only here all families have what the loader says: vLLM drops it of those whose processor needs none.
+                content, (read, times) = updates[0].content, _read_of(mm_items, index)
+                if read is not None:
+                    content.report = replace(content.report, read=read, times=times)
+                _reports.get().append(replace(content.report, identity=digest))
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
 
 
@@ -390,7 +430,14 @@ def _split_specs(kwargs: Mapping[str, Any]) -> tuple[tuple[VideoSpec, ...], dict
     return clean.pop(SPECS_KEY, ()), clean
 
 
-def _read_of(mm_items: Any, index: int) -> Mapping[str, Any] | None:
-    """What the loader says it read; None for embeddings and for frames that came without a loader."""
+def identity_of(value: torch.Tensor) -> str:
+    """The digest that an item carries as bytes."""
+    return bytes(value.tolist()).decode()
+
+
+def _read_of(mm_items: Any, index: int) -> tuple[Mapping[str, Any] | None, Sequence[float] | None]:
+    """What the loader says it read, and the second of each frame; None for embeddings and for frames that came without
+    a loader."""
     metadata = getattr(mm_items["video"], "metadata", None)
-    return getattr(metadata[index], "read", None) if isinstance(metadata, list) else None
+    one = metadata[index] if isinstance(metadata, list) else None
+    return getattr(one, "read", None), getattr(one, "times", None)

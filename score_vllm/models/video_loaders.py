@@ -87,7 +87,7 @@ class ScoreVideoLoader(VideoLoader):
             resize=None if resize is None else Resize(**resize),
             limits=decode_limits(limits),
         )
-        return video.frames, SampledMetadata(video.metadata(cls.name), video.report())
+        return video.frames, SampledMetadata(video.metadata(cls.name), video.report(), video.times.tolist())
 
 
 @VIDEO_LOADER_REGISTRY.register(PYAV_LOADER)

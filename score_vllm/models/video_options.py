@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,8 +41,9 @@ class SampledMetadata(dict[str, Any]):
 
     Attributes:
         read: :meth:`score_vllm.video.DecodedVideo.report`.
+        times: [F] seconds of the frames.
     """
 
-    def __init__(self, metadata: dict[str, Any], read: dict[str, Any]) -> None:
+    def __init__(self, metadata: dict[str, Any], read: dict[str, Any], times: Sequence[float]) -> None:
         super().__init__(metadata)
-        self.read = read
+        self.read, self.times = read, times

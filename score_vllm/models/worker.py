@@ -49,5 +49,10 @@ class ScoreWorkerExtension:
         if policy_digest and status["policy_digest"] != policy_digest:
             raise RuntimeError(f"{where} holds another policy than the API process; start the server again")
 
+    def score_selections(self, keys: list[str]) -> list[dict[str, Any] | None]:
+        """Of each key what :meth:`score_vllm.models.selections.RecentSelections.explain` says."""
+        compressor = getattr(self.model_runner.get_model(), "compressor", None)  # type: ignore[attr-defined]
+        return [None if compressor is None else compressor.selections.explain(key) for key in keys]
+
 
 WORKER_EXTENSION = f"{ScoreWorkerExtension.__module__}.{ScoreWorkerExtension.__qualname__}"

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,22 @@ from score_vllm.viz.paint import DARK, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, 
 # Shape of the places that pictures are drawn in, whatever the video's.
 MOST_HEIGHT = 2
 LEAST_HEIGHT = 8
+
+
+class Shown(NamedTuple):
+    """What a picture is drawn of.
+
+    Attributes:
+        frames: [F, H, W, 3] uint8, F >= T.
+        times: [F] seconds of the frames; None: they are not known.
+        grid: T, h, w of the video's tokens.
+        selections: label -> selection.
+    """
+
+    frames: np.ndarray
+    times: Sequence[float] | np.ndarray | None
+    grid: VideoGrid
+    selections: dict[str, TokenSelection]
 
 
 def kept_masks(grid: VideoGrid, selection: TokenSelection) -> np.ndarray:

@@ -15,6 +15,7 @@ from benchmarks.serving.process import free_port, running_process
 from score_vllm import num_retained_tokens
 from score_vllm.convert_llava_video import convert
 from tests.e2e.conftest import API_KEY, SCORE_SERVE, Server, environment
+from tests.explained import kept_indices
 from tests.integration.tiny_families import build_llava, build_policy, build_qwen3, write_original
 
 pytest.importorskip("vllm")
@@ -55,13 +56,21 @@ def test_counts_and_answers(family_server: tuple[str, Server], clips: dict[str, 
     text_tokens, structure, answers = set(), set(), []
     for ratio in (1.0, 0.4, 0.1, 0.02):
         answer = server.client().chat.completions.create(
-            model="tiny", messages=messages, max_tokens=4, temperature=0, extra_body={"retention_ratio": ratio}
+            model="tiny",
+            messages=messages,
+            max_tokens=4,
+            temperature=0,
+            extra_body={"retention_ratio": ratio, "score_explain": True},
         )
         (report,) = answer.score["videos"]
         cells, rows, columns = report["grid"]
         assert cells == EXPECTED[name][0]
         assert report["original_tokens"] == cells * rows * columns
         assert report["retained_tokens"] == num_retained_tokens(cells * rows * columns, ratio)
+        assert len(kept_indices(report)) == sum(report["kept_per_cell"]) == report["retained_tokens"]
+        # Of the clip's 6 seconds: a cell of two frames begins every second, one of one frame every eighth of one.
+        assert report["cell_seconds"] == pytest.approx([6 * cell / cells for cell in range(cells)], abs=0.002)
+        assert report["frames"] == cells * (2 if name == "qwen3_vl" else 1)
         structure.add(report["structure_tokens"])
         text_tokens.add(answer.usage.prompt_tokens - report["retained_tokens"] - report["structure_tokens"])
         assert answer.choices[0].message.content is not None

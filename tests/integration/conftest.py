@@ -40,12 +40,14 @@ class Engine:
     saliency: list[torch.Tensor | None] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
     def clear(self) -> None:
         self.compressed.clear()
         self.saliency.clear()
         self.images.clear()
         self.positions.clear()
+        self.keys.clear()
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +56,8 @@ def engine(tiny_model: Path, tiny_policy: Path, tiny_selector: Path) -> Iterator
     pytest.importorskip("vllm")
     from vllm import LLM
     from vllm.config import EncoderCacheManagerConfig
+
+    from score_vllm.models.worker import WORKER_EXTENSION
 
     serving = ServingConfig(
         0.1,
@@ -76,6 +80,7 @@ def engine(tiny_model: Path, tiny_policy: Path, tiny_selector: Path) -> Iterator
         enable_mm_embeds=True,
         # As score-serve starts its engine.
         ec_manager_config=EncoderCacheManagerConfig(encoder_cache_manager_cls=ENCODER_CACHE_MANAGER),
+        worker_extension_cls=WORKER_EXTENSION,
         seed=0,
     )
     made = Engine(llm)
@@ -84,11 +89,18 @@ def engine(tiny_model: Path, tiny_policy: Path, tiny_selector: Path) -> Iterator
     inner_forward = model.language_model.model.forward
 
     def spy_compress(
-        x: torch.Tensor, layout: Any, num_retained: int, method: str, saliency: torch.Tensor | None, learned: Any
+        x: torch.Tensor,
+        layout: Any,
+        num_retained: int,
+        method: str,
+        saliency: torch.Tensor | None,
+        learned: Any,
+        key: str,
     ) -> torch.Tensor:
         made.compressed.append((x.clone(), layout, num_retained))
         made.saliency.append(None if saliency is None else saliency.clone())
-        return compress(x, layout, num_retained, method, saliency, learned)
+        made.keys.append(key)
+        return compress(x, layout, num_retained, method, saliency, learned, key)
 
     def spy_image(image_input: Any) -> Any:
         out = process_image(image_input)

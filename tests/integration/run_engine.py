@@ -34,7 +34,9 @@ def run(model: str, policy: str, parallel: int, dtype: str) -> dict[str, list[li
     options = {}
     if compressed:
         from score_vllm.config import ServingConfig
+        from score_vllm.models.worker import WORKER_EXTENSION
 
+        options["worker_extension_cls"] = WORKER_EXTENSION
         options["hf_overrides"] = ServingConfig(retention_ratio=1.0, policy=policy).to_overrides()
     llm = LLM(
         model=model,
@@ -47,6 +49,7 @@ def run(model: str, policy: str, parallel: int, dtype: str) -> dict[str, list[li
         seed=0,
         **options,
     )
+    identities = spy_on_identities(llm) if compressed else []
     rng = np.random.default_rng(11)
 
     def video(frames: int, height: int, width: int, fps: float) -> tuple:
@@ -80,8 +83,26 @@ def run(model: str, policy: str, parallel: int, dtype: str) -> dict[str, list[li
         for ratio in (0.4, 0.1):
             asked = [{**p, "mm_processor_kwargs": {"retention_ratio": ratio}} for p in prompts]
             result[str(ratio)] = [list(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)]
+        first, *others = llm.collective_rpc("score_selections", args=(identities,))
+        assert len(others) == parallel - 1
+        assert all(other == first for other in others), "ranks kept different tokens"
+        result["masks"] = [found["kept_mask"] for found in first]
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def spy_on_identities(llm: object) -> list[str]:
+    """Filled with the identity of every video that the processor sees."""
+    processor, found = llm.llm_engine.renderer.get_mm_processor(), []
+    apply = processor.apply
+
+    def spy(*args: object, **kwargs: object) -> object:
+        result = apply(*args, **kwargs)
+        found.extend(report.identity for report in result["score"])
+        return result
+
+    processor.apply = spy
+    return found
 
 
 if __name__ == "__main__":

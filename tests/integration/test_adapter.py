@@ -37,7 +37,7 @@ from score_vllm.models.timing import (
 )
 from score_vllm.models.video_options import VideoOptions
 from score_vllm.server import endpoints
-from score_vllm.server.context import RequestContext
+from score_vllm.server.context import RequestContext, ServerState
 from score_vllm.server.metrics import CompressorCollector
 from score_vllm.types import VideoGrid
 from score_vllm.video import VideoError
@@ -259,7 +259,8 @@ def test_streams_without_answers_pass_through(chunks: list[str]) -> None:
 
     async def collect() -> list[str]:
         request = RequestContext(None)
-        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), [request])]
+        state = ServerState(ServingConfig(1.0, "uniform"), None)
+        return [e async for e in endpoints._stream_with_score(events(), state, [request])]
 
     assert asyncio.run(collect()) == [*chunks, "data: [DONE]\n\n"]
 
@@ -278,7 +279,8 @@ def test_a_stream_says_the_same_at_both_ends(tmp_path: Path) -> None:
             yield text
 
     async def collect() -> list[str]:
-        return [e async for e in endpoints._stream_with_score(events(), ServingConfig(1.0, "uniform"), [request])]
+        state = ServerState(ServingConfig(1.0, "uniform"), None)
+        return [e async for e in endpoints._stream_with_score(events(), state, [request])]
 
     first, middle, last, done = asyncio.run(collect())
     assert (middle, done) == (chunk % "null", "data: [DONE]\n\n")

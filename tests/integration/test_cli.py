@@ -273,7 +273,26 @@ def test_names_that_cannot_be_hub_ids_are_not_asked_for(name: str) -> None:
 )
 def test_the_banner_names_an_address_to_connect_to(host: str | None, shown: str) -> None:
     names = {"served_model_name": ["m"], "retention": 0.1, "score_clip": None, "ssl_certfile": None}
-    assert f"http://{shown}:80/v1" in cli.banner(argparse.Namespace(host=host, port=80, **names))
+    for playground in (True, False):
+        text = cli.banner(argparse.Namespace(host=host, port=80, playground=playground, **names))
+        assert f"http://{shown}:80/v1" in text
+        assert (f"http://{shown}:80/playground" in text) == playground
+
+
+@pytest.mark.parametrize(
+    ("argv", "on"),
+    [
+        ((), False),
+        (("--host", "127.0.0.1"), True),
+        (("--host", "localhost"), True),
+        (("--host", "0.0.0.0"), False),
+        (("--host", "127.0.0.1", "--no-playground"), False),
+        (("--host", "0.0.0.0", "--playground"), True),
+    ],
+)
+def test_the_playground_is_on_for_this_machine_alone(argv: tuple[str, ...], on: bool, parser: Any) -> None:
+    args, _ = configure(parser, "--model", "demo", *argv)
+    assert args.playground is on
 
 
 def test_setting_the_allow_list_keeps_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,11 @@ from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tok
 from score_vllm.catalog import UsageError
 from score_vllm.config import ServingConfig
 from score_vllm.methods.cacovid_weights import CacovidWeights
+from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.plan import PLANNED
 from score_vllm.plugin import ENCODER_CACHE_MANAGER
 from score_vllm.vision.tower import VisionTower
+from tests.explained import explained
 
 from . import conftest as tier  # noqa: F401  (the environment of in-process engines)
 from .capacity import check_capacity
@@ -127,6 +129,7 @@ class Served:
     compressed: list[tuple[torch.Tensor, Any, int]] = field(default_factory=list)
     saliency: list[Any] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     noise: float | None = None
 
     @property
@@ -152,6 +155,7 @@ class Served:
         self.compressed.clear()
         self.saliency.clear()
         self.images.clear()
+        self.keys.clear()
         given = [frames if self.family.pixels == 0 else (frames, metadata) for frames, metadata in videos]
         data = {key: list(value) for key, value in (("video", given), ("image", images)) if len(value)}
         asked = {"retention_ratio": ratio, "retention_method": method}
@@ -170,7 +174,7 @@ class Served:
         """The output equals the oracle's for the same prompt, with the tower's rows as the engine captured them."""
         ratios = ratio if isinstance(ratio, list) else [ratio] * len(videos)
         unpruned = self.oracle.unpruned(prompt, videos, images, self)
-        kept, merged = [], []
+        kept, merged, masks = [], [], []
         for (x, layout, count), one, saliency in zip(self.compressed, ratios, self.saliency, strict=True):
             grid = layout.grid
             assert count == num_retained_tokens(grid.num_tokens, one)
@@ -192,10 +196,12 @@ class Served:
                 weights=weights,
             )
             kept.append(chosen.indices)
+            masks.append(explained(chosen.indices, grid))
             merged.append(torch.cat([chosen.embeddings, x[chosen.indices, HIDDEN:]], dim=1)[:, :HIDDEN])
         assert len(output.prompt_token_ids) == len(unpruned.vision) - sum(
             len(x) - count for x, _, count in self.compressed
         )
+        assert self.llm.collective_rpc("score_selections", args=(self.keys,)) == [masks]
         self.compare(output, *self.oracle.greedy(unpruned, kept, len(output.outputs[0].token_ids), merged))
 
     def compare(self, output: Any, first: torch.Tensor, tokens: list[int], gaps: list[float]) -> None:
@@ -249,6 +255,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "max_logprobs": -1,
         "limit_mm_per_prompt": {"image": 1, "video": 2},
         "ec_manager_config": EncoderCacheManagerConfig(encoder_cache_manager_cls=ENCODER_CACHE_MANAGER),
+        "worker_extension_cls": WORKER_EXTENSION,
         "seed": 0,
     }
     llm = LLM(model=str(folder / "model"), hf_overrides=serving.to_overrides(), **options | family.options)
@@ -260,10 +267,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     images_by = "_process_image_input" if hasattr(model, "_process_image_input") else "_process_vision_input"
     compress, process_image = model.compressor.compress, getattr(model, images_by)
 
-    def spy_compress(x: torch.Tensor, layout: Any, kept: int, method: str, saliency: Any, learned: Any) -> torch.Tensor:
+    def spy_compress(
+        x: torch.Tensor, layout: Any, kept: int, method: str, saliency: Any, learned: Any, key: str
+    ) -> torch.Tensor:
         made.compressed.append((x.clone(), layout, kept))
         made.saliency.append(None if saliency is None else saliency.clone())
-        return compress(x, layout, kept, method, saliency, learned)
+        made.keys.append(key)
+        return compress(x, layout, kept, method, saliency, learned, key)
 
     def spy_image(image_input: Any) -> Any:
         out = process_image(image_input)
@@ -342,13 +352,13 @@ def test_second_turn_hits_the_prefix_cache(served: Served) -> None:
     video = [served.video(24, 4, 4, seed=31)]
     opening = f"<|im_start|>user\n{served.family.video}What happens?<|im_end|>\n<|im_start|>assistant\n"
     answer = served.generate(opening, video, ratio=0.4)
-    captured = list(served.compressed), list(served.saliency)
+    captured = list(served.compressed), list(served.saliency), list(served.keys)
     second = opening + answer.outputs[0].text + "<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n"
     output = served.generate(second, video, ratio=0.4)
     assert not served.compressed, "the video must not be encoded again"
     if served.exact:  # hybrid models are cached in large steps of their state
         assert output.num_cached_tokens > captured[0][0][2] // 2, "the hit must reach into the video"
-    served.compressed, served.saliency = captured
+    served.compressed, served.saliency, served.keys = captured
     served.check(output, second, video, ratio=0.4)
 
 
@@ -380,7 +390,7 @@ def test_preemption(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     videos = [served.video(16, 3, 4, seed=51)]
     output = served.generate(prompt, videos, ratio=0.4)
     assert [request.num_preemptions for request in preempted] == [1]
-    del served.compressed[1:], served.saliency[1:]
+    del served.compressed[1:], served.saliency[1:], served.keys[1:]
     served.check(output, prompt, videos, ratio=0.4)
 
 

@@ -11,9 +11,20 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
+
 from score_vllm import num_retained_tokens
 from score_vllm.layout import VideoLayout
-from score_vllm.models.processing import CELLS_KEY, LAYOUT_KEY, NUM_RETAINED_KEY, REPORT_KEY, RequestFieldError
+from score_vllm.models.processing import (
+    CELLS_KEY,
+    IDENTITY_KEY,
+    LAYOUT_KEY,
+    NUM_RETAINED_KEY,
+    REPORT_KEY,
+    RequestFieldError,
+    identity_of,
+)
+from score_vllm.models.video_options import SampledMetadata
 from score_vllm.vision.cell_cache import count_distinct
 
 from .family_oracle import random_video
@@ -41,9 +52,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, directory, video
 
 
-def process(made: Any, prompt: str, videos: list[Any], ratio: float = 1.0) -> Any:
+def process(made: Any, prompt: str, videos: list[Any], ratio: float = 1.0, cache: Any = None) -> Any:
     items = made.info.parse_mm_data({"video": videos})
-    return made(prompt, mm_items=items, hf_processor_mm_kwargs={"retention_ratio": ratio})
+    return made(prompt, mm_items=items, hf_processor_mm_kwargs={"retention_ratio": ratio}, cache=cache)
 
 
 def test_profiled_and_admitted_are_one_number(family: Any) -> None:
@@ -112,3 +123,28 @@ def test_times_are_the_processor_s_own(family: Any) -> None:
     rows = tokenizer.convert_tokens_to_ids("<|image|>")
     kept = sum(report.retained_tokens for report in made_of[REPORT_KEY])
     assert np.count_nonzero(np.array(made_of["prompt_token_ids"]) == rows) == kept
+
+
+def test_identity_and_what_was_read_come_with_every_video_cached_or_not(family: Any) -> None:
+    """The identity goes to the worker with the item, and to the response with the report."""
+    _, directory, video = family
+    made = processor(directory, max_frames=16)
+    caches = [None, MultiModalProcessorOnlyCache(made.info.ctx.model_config)]
+    videos = []
+    for seed, count in ((6, 8), (7, 6)):
+        frames, metadata = random_video(count, 84, 84, seed=seed)
+        videos.append((frames, SampledMetadata(metadata, {"frames": count}, [second / 2 for second in range(count)])))
+    digests = set()
+    for cache in (*caches, caches[1]):
+        for one, other in (videos, videos[::-1]):  # the second prompt comes out of the cache
+            result = process(made, f"a {video} b {video}", [one, other], ratio=0.5, cache=cache)
+            carried = [identity_of(item[IDENTITY_KEY].data) for item in result["mm_kwargs"]["video"]]
+            reports = result[REPORT_KEY]
+            assert carried == [report.identity for report in reports] == result["mm_hashes"]["video"]
+            digests |= set(carried)
+            for (frames, _), report in zip((one, other), reports, strict=True):
+                assert report.read == {"frames": len(frames)}
+                assert report.cell_seconds == [cell * len(frames) / report.grid.t / 2 for cell in range(report.grid.t)]
+    assert len(digests) == 2
+    (less,) = process(made, video, videos[:1], ratio=0.4)[REPORT_KEY]
+    assert less.identity not in digests

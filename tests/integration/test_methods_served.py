@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGene
 from score_vllm import RetentionPolicy, methods, num_retained_tokens, select_tokens
 from score_vllm.methods.visionselector_weights import SelectorWeights
 from score_vllm.vision.tower import VisionTower
+from tests.explained import explained
 
 from .conftest import SERVED, Engine, make_video
 from .oracle import VisualItem, greedy
@@ -49,6 +50,7 @@ def test_oracle_holds_for_every_method(
         grid=grid,
         seconds=torch.from_numpy(layout.cells[:, 1] / TOKENS_PER_SECOND),
     )
+    assert engine.llm.collective_rpc("score_selections", args=(engine.keys,)) == [[explained(kept.indices, grid)]]
     item = VisualItem(x, (grid.t, grid.h, grid.w), t_factor, kept.indices, kept.embeddings)
     video_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
     parts: list[Any] = [item if token == video_id else token for token in tokenizer(prompt).input_ids]

@@ -290,7 +290,8 @@ def test_routes_without_our_fields(field: str) -> None:
         for body in ({field: 1}, {"extra_body": {field: 1}}):
             status, said = ask_middleware(path, body)
             assert status == 400
-            assert f"{field} is supported on /v1/chat/completions and /tokenize only, not on {path}" in said
+            routes = "/v1/chat/completions" if field == "score_explain" else "/v1/chat/completions and /tokenize"
+            assert f"{field} is supported on {routes} only, not on {path}" in said
 
 
 def test_routes_without_videos() -> None:

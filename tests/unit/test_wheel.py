@@ -66,8 +66,11 @@ def test_library_assets_and_licence_are_in_it(installed: Path, tmp_path: Path) -
         "frames = decode_video(demo_clip().read_bytes()).frames\n"
         "print(len(frames), (ASSETS / 'model' / 'model.safetensors').is_file())\n"
         "print(sorted(p.name for p in pathlib.Path(list(score_vllm.train.configs.__path__)[0]).glob('demo.toml')))\n"
+        "static = pathlib.Path(score_vllm.__file__).parent / 'server' / 'static'\n"
+        "print(sorted(p.name for p in static.iterdir()))\n"
         "print(m.metadata('score-vllm')['License-Expression'], 'py.typed' in str(m.files('score-vllm')))\n"
     )
-    where, kept, video, configs, metadata = run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
+    where, kept, video, configs, static, metadata = run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
     assert Path(where).is_relative_to(installed.parent), "not the checkout's"
     assert (kept, video, configs, metadata) == ("6", "32 True", "['demo.toml']", "Apache-2.0 True")
+    assert static == str(["playground.css", "playground.html", "playground.js"])
