@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import hypothesis
 import numpy as np
 import pytest
 
@@ -29,6 +30,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from score_vllm import methods
 from score_vllm.plugin import installed_version
 
+# No test has a time limit of its own: this machine may be busy.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 # Methods that Qwen2.5-VL can serve: CaCoVID exists for LLaVA-OneVision alone.
 SERVED = [name for name in methods.names() if name != "cacovid"]
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
@@ -61,7 +61,6 @@ def schedule(manager: EncoderCacheManager, requests: list[Any]) -> list[str]:
     return encoded
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 150), min_size=1, max_size=3), min_size=1, max_size=8),
     st.sampled_from([0.05, 0.1, 0.4, 1.0]),
@@ -83,7 +82,6 @@ def test_no_step_encodes_more_than_its_budget_and_all_are_encoded(sizes: list[li
     assert sorted(done) == sorted(cells)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=40), min_size=1, max_size=8), st.booleans())
 def test_a_video_is_charged_for_its_distinct_cells_and_never_for_less_than_is_encoded(
     videos: list[list[int]], reuses: bool

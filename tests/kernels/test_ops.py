@@ -70,7 +70,7 @@ def test_nan_is_reported():
     assert ops.select_rows(x, weights(), 3).has_nan
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     grid=st.builds(VideoGrid, st.integers(1, 40), st.integers(1, 30), st.integers(1, 300)),
     t_factor=st.floats(0, 400_000, allow_nan=False),
@@ -88,7 +88,7 @@ NO_ROWS = torch.zeros(0, 5, dtype=torch.int64)
 few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 1e-45, 0.1])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(values=st.lists(st.one_of(few_values, st.floats(width=32)), min_size=1, max_size=300), data=st.data())
 def test_topk_is_a_stable_sort(values, data):
     k = data.draw(st.integers(1, len(values)))
@@ -167,7 +167,7 @@ def test_every_chip_has_a_row(capability):
         configs.score_config(name, 2, 100)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows=st.integers(1, 3_000_000), width=st.sampled_from([64, 128, 512, 1024]), num_sms=st.integers(1, 160))
 def test_tiles_and_pieces_cover_every_token(rows, width, num_sms):
     config = configs.score_config("sm_90", 2, width)

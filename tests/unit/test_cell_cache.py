@@ -7,7 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from score_vllm.vision.cell_cache import BrokenFlags, CellCache, count_distinct
@@ -79,7 +79,6 @@ videos = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(videos)
 def test_values_bound_and_eviction_follow_the_rule(sequence: list[list[int]]) -> None:
     cache, model = make(), Model()
@@ -91,7 +90,6 @@ def test_values_bound_and_eviction_follow_the_rule(sequence: list[list[int]]) ->
         assert cache.used_bytes == sum(model.held.values()) * 4 * (WIDTH + 1) <= ROWS * 4 * (WIDTH + 1)
 
 
-@settings(deadline=None)
 @given(videos)
 def test_two_caches_that_see_the_same_calls_decide_alike(sequence: list[list[int]]) -> None:
     """As the ranks of a tensor-parallel group must: a rank that encodes other cells would wait for ever."""

@@ -32,7 +32,7 @@ videos = st.tuples(
     st.integers(0, 2**31 - 1),
 )
 ratios = st.one_of(st.sampled_from([1e-6, 0.1, 0.25, 0.29, 0.4, 0.5, 0.75, 0.999, 1.0]), st.floats(1e-4, 1.0))
-common = settings(deadline=None, max_examples=40, derandomize=True)
+common = settings(max_examples=40, derandomize=True)
 
 
 def make_video(frames: int, per_frame: int, d: int, kind: str, seed: int) -> torch.Tensor:

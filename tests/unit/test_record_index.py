@@ -23,7 +23,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])

@@ -72,7 +72,7 @@ def test_second_per_grid_is_exact_at_the_default_rate(container: str) -> None:
 sizes = st.integers(1, 5000)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 200), sizes, sizes, st.integers(1, 20), st.integers(20, 2000), st.booleans())
 def test_sizes_are_the_processors(frames: int, height: int, width: int, low: int, high: int, capped: bool) -> None:
     size = {"shortest_edge": low * 28 * 28, "longest_edge": high * 28 * 28}

@@ -117,7 +117,7 @@ def test_a_growing_video_keeps_its_cells(thinning: str) -> None:
 timelines = st.lists(st.floats(0.001, 5.0), min_size=0, max_size=80).map(lambda steps: np.cumsum([0.0, *steps]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(np.array([0.0, 1.0, 2.0]), 1.0, 1.0, 2, "even", 1, 1.192092896e-07, 1.0)
 @example(np.array([0.0, 1.0]), 1.0, 0.3, 2, "octave", 4, 0.0, 0.0)
 @given(
@@ -172,7 +172,7 @@ def test_any_timeline(
         assert count >= min(4, max(1, pictures - 1), max_frames) - merge + 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(timelines, st.floats(0.01, 3.0), st.floats(0.05, 0.95))
 def test_two_windows_read_what_one_reads(stamps: np.ndarray, last: float, part: float) -> None:
     """Nothing is lost between a window and the next."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -41,7 +42,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel, cwd=folder)
     purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     # A path in a .pth file is searched, but its own .pth files are not read: the editable install stays out.
-    (purelib / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    lines = [sysconfig.get_path("purelib")]
+    if importlib.util.find_spec("_score_vllm_torchvision_shim"):
+        lines.append("import _score_vllm_torchvision_shim")  # where set-up had to mend torchvision
+    (purelib / "borrowed.pth").write_text("\n".join(lines) + "\n")
     return environment / "bin"
 
 

@@ -14,7 +14,7 @@ def scene_of(index: int, split: str = "test") -> Scene:
     return world.make_clip(split, index)[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_nothing_covers_anything_and_everything_stays_in_the_picture(index: int) -> None:
     scene = scene_of(index)
@@ -29,7 +29,7 @@ def test_nothing_covers_anything_and_everything_stays_in_the_picture(index: int)
                 assert ax + a <= bx or bx + b <= ax or ay + a <= by or by + b <= ay
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_every_question_has_one_answer_that_the_picture_shows(index: int) -> None:
     scene, asked = world.make_clip("test", index)

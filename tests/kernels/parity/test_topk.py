@@ -32,7 +32,7 @@ few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, INF, -INF, NAN, 1
 any_value = st.floats(width=32)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_scores_like_a_sort(data, device):
     values = data.draw(st.lists(st.one_of(few_values, any_value), min_size=1, max_size=40))
