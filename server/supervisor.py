@@ -107,6 +107,8 @@ def watch(server: int, folder: Path) -> int:
         if now > scan:
             watched |= {p: name for p in processes_below() if p.pid != server and (name := engine_name(p))}
             scan = now + SCAN_SECONDS
+            # Cleaners of /tmp remove what is old; a compiler that then finds no folder would end the engine.
+            folder.mkdir(mode=0o700, exist_ok=True)
         if asked is None and dead is None:
             # The deepest first: a worker's end may already have taken its engine along.
             dead = next(((name, p.pid) for p, name in reversed(watched.items()) if has_ended(p)), None)

@@ -242,7 +242,7 @@ def main() -> None:
     add(
         "--requests",
         type=at_least(8),
-        default=4000,
+        default=2000,
         help="with faults; a quarter more as warm-up (default: %(default)s)",
     )
     add("--at-once", type=at_least(1), default=32, help="clients (default: %(default)s)")
