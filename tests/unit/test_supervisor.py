@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,3 +124,14 @@ def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
     run.process.send_signal(signal.SIGTERM)
     assert run.end(12)[0] == 128 + signal.SIGTERM
     assert not Path("/dev/shm", name).exists()
+
+
+def test_a_folder_that_a_cleaner_of_tmp_removed_comes_back(tmp_path: Path) -> None:
+    run = Supervised(GRACEFUL, tmp_path)
+    shutil.rmtree(run.folder)
+    while not run.folder.is_dir():
+        assert run.process.poll() is None
+        time.sleep(0.05)
+    assert run.folder.stat().st_mode & 0o777 == 0o700
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(30)[0] == 0
