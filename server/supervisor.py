@@ -36,9 +36,12 @@ def processes_below() -> list[psutil.Process]:
 
 
 def engine_name(process: psutil.Process) -> str | None:
-    """``EngineCore``, ``Worker_TP0``...; None for processes that may come and go."""
+    """``EngineCore``, ``Worker_TP0``...; None for processes that may come and go: a compiler, say, has the title of the
+    worker that starts it until it is a program of its own."""
     with contextlib.suppress(psutil.Error):
         title = " ".join(process.cmdline())
+        if (parent := process.parent()) is not None and " ".join(parent.cmdline()) == title:
+            return None
         return title.removeprefix(TITLE).split()[0] if title.startswith(TITLE) else None
     return None
 

@@ -135,3 +135,19 @@ def test_a_folder_that_a_cleaner_of_tmp_removed_comes_back(tmp_path: Path) -> No
     assert run.folder.stat().st_mode & 0o777 == 0o700
     run.process.send_signal(signal.SIGTERM)
     assert run.end(30)[0] == 0
+
+
+def test_a_fork_of_a_worker_is_no_worker() -> None:
+    """It has the worker's title until it becomes a compiler, and then it ends: that is no dead worker."""
+    from score_vllm.server.supervisor import engine_name
+
+    forks = "import os, time\nif pid := os.fork(): print(pid, flush=True)\ntime.sleep(600)"
+    with subprocess.Popen(["VLLM::Worker", "-c", forks], executable=sys.executable, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        child = psutil.Process(int(worker.stdout.readline()))
+        try:
+            assert (engine_name(psutil.Process(worker.pid)) or "").startswith("Worker")
+            assert engine_name(child) is None
+        finally:
+            child.kill()
+            worker.kill()
