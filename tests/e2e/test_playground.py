@@ -29,6 +29,7 @@ from .conftest import API_KEY, ROOT, Server
 from .requests_of import ask, chat, data_url
 
 webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.common.exceptions import WebDriverException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -48,7 +49,10 @@ def browser() -> Iterator[Any]:
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--mute-audio"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    except WebDriverException as error:
+        pytest.skip(f"{CHROMIUM} does not start here: {error.msg}")
     yield driver
     driver.quit()
 

@@ -19,6 +19,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from benchmarks.serving.process import free_port, stop, wait_ready
+from tests.explained import kept_indices
 
 from .conftest import API_KEY, SCORE_SERVE, Server, environment
 from .requests_of import ask, chat, data_url, metrics
@@ -115,12 +116,15 @@ def test_two_api_servers_show_one_sum(two_api_servers: Server, clips: dict[str, 
     assert "score_nan_videos_total" in before
 
     def one(ratio: float) -> Any:
-        return chat(two_api_servers, ask(data_url(clips["plain"])), retention_ratio=ratio)
+        return chat(two_api_servers, ask(data_url(clips["plain"])), retention_ratio=ratio, score_explain=True)
 
     ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     with ThreadPoolExecutor(len(ratios)) as pool:
         answers = list(pool.map(one, ratios))
     assert [answer.score["retention_ratio"] for answer in answers] == list(ratios)
+    for answer in answers:  # explained by whichever engine served it
+        (video,) = answer.score["videos"]
+        assert len(kept_indices(video)) == video["retained_tokens"]
     for _ in range(6):
         after = metrics(two_api_servers)
         assert after["score_videos_total"] - before.get("score_videos_total", 0) == 6
