@@ -170,7 +170,8 @@ def servers(cluster: Cluster, rows: Rows) -> Iterator[dict[str, Server]]:
 @pytest.mark.parametrize("name", ["two", "one"])
 def test_servers_answer_as_one_process(name: str, cluster: Cluster, rows: Rows, servers: dict[str, Server]) -> None:
     url = f"{servers[name].url}/v1"
-    captions, _ = annotate(cluster, rows.data, rows.folder / f"{name}.jsonl", "--base-url", url, "--send", "file")
+    # A file of its own: one that is there already would be resumed, and nobody asked.
+    captions, _ = annotate(cluster, rows.data, rows.folder / f"server_{name}.jsonl", "--base-url", url, "--send", "file")
     assert captions == rows.captions
 
 
