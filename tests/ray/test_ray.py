@@ -171,7 +171,8 @@ def servers(cluster: Cluster, rows: Rows) -> Iterator[dict[str, Server]]:
 def test_servers_answer_as_one_process(name: str, cluster: Cluster, rows: Rows, servers: dict[str, Server]) -> None:
     url = f"{servers[name].url}/v1"
     # A file of its own: one that is there already would be resumed, and nobody asked.
-    captions, _ = annotate(cluster, rows.data, rows.folder / f"server_{name}.jsonl", "--base-url", url, "--send", "file")
+    output = rows.folder / f"server_{name}.jsonl"
+    captions, _ = annotate(cluster, rows.data, output, "--base-url", url, "--send", "file")
     assert captions == rows.captions
 
 
