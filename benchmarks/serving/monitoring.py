@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import psutil
@@ -24,19 +24,13 @@ def tree_rss(pid: int) -> int:
     return total
 
 
-class Monitor:
-    """Samples a server in a thread of its own while a ``with`` body runs.
+class Background:
+    """Runs :meth:`_run` in a thread of its own while a ``with`` body runs; it ends once ``_end`` is set."""
 
-    Attributes:
-        peak_rss: bytes, see :func:`tree_rss`.
-        peak_kv: largest used share of the KV cache, in [0, 1].
-    """
+    def __init__(self) -> None:
+        self._end = threading.Event()
 
-    def __init__(self, server: Server, interval: float = 0.5) -> None:
-        self.peak_rss, self.peak_kv = 0, 0.0
-        self._server, self._interval, self._end = server, interval, threading.Event()
-
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
@@ -44,6 +38,23 @@ class Monitor:
     def __exit__(self, *exc: object) -> None:
         self._end.set()
         self._thread.join(60)
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Monitor(Background):
+    """Samples a server.
+
+    Attributes:
+        peak_rss: bytes, see :func:`tree_rss`.
+        peak_kv: largest used share of the KV cache, in [0, 1].
+    """
+
+    def __init__(self, server: Server, interval: float = 0.5) -> None:
+        super().__init__()
+        self.peak_rss, self.peak_kv = 0, 0.0
+        self._server, self._interval = server, interval
 
     def _run(self) -> None:
         while not self._end.is_set():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import resource
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+
+from benchmarks.serving.monitoring import Background
 
 # A server notices some of this only when it next wants what is gone.
 FAULT_SECONDS = 2.0
@@ -83,25 +84,17 @@ FAULTS: dict[str, Callable[[int], None]] = {
 }
 
 
-class Faults:
-    """Brings them about in turn, in a thread of its own, while a ``with`` body runs.
+class Faults(Background):
+    """Brings them about in turn.
 
     Attributes:
         counts: how often each was done.
     """
 
     def __init__(self, pid: int, every: float) -> None:
+        super().__init__()
         self.counts = Counter[str]()
-        self._pid, self._every, self._end = pid, every, threading.Event()
-
-    def __enter__(self) -> Faults:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._end.set()
-        self._thread.join(60)
+        self._pid, self._every = pid, every
 
     def _run(self) -> None:
         while True:
