@@ -307,6 +307,11 @@ class CompressionModelMixin:
                 spans.append(VisualSpan.unpruned(start, self.image_layout(feature.data, length)))
         return spans
 
+    def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
+        """vLLM's, with all fields beside it where videos are compressed."""
+        video_input = super()._parse_and_validate_video_input(**kwargs)  # type: ignore[misc]
+        return video_input if self.compressor is None or video_input is None else (video_input, kwargs)
+
     def encode_cells(
         self, fields: Mapping[str, Any], index: int, kind: str | None, tower: Callable[[list[int]], Values]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,7 +6,7 @@ rows, whatever the file's size. Positions are 1-D: :mod:`score_vllm.models.seque
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,14 +21,10 @@ from vllm.model_executor.models.interns1 import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from score_vllm.layout import VideoLayout, sequential_layout
-from score_vllm.models.adapter import CompressionModelMixin
+from score_vllm.layout import VideoLayout
 from score_vllm.models.admission import AdmissionDummyInputsMixin, AdmissionInfoMixin, VideoLimit
-from score_vllm.models.cells import ROWS
+from score_vllm.models.frames import FrameModelMixin
 from score_vllm.models.processing import CompressionProcessorMixin
-from score_vllm.models.saliency import check_saliency_config
-from score_vllm.types import VideoGrid
-from score_vllm.vision.cell_cache import device_index
 from score_vllm.vision.internvl import internvl_layout, merge_size, units
 from score_vllm.vision.saliency import KINDS
 
@@ -75,38 +71,27 @@ class ScoreInternVLProcessor(CompressionProcessorMixin, InternS1MultiModalProces
 @MULTIMODAL_REGISTRY.register_processor(
     ScoreInternVLProcessor, info=ScoreInternVLInfo, dummy_inputs=ScoreInternVLDummyInputs
 )
-class ScoreInternVLForConditionalGeneration(CompressionModelMixin, InternS1ForConditionalGeneration, SupportsMRoPE):
+class ScoreInternVLForConditionalGeneration(FrameModelMixin, InternS1ForConditionalGeneration, SupportsMRoPE):
     """InternVL whose videos enter the language model as S + K rows."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup_compression(vllm_config)
-        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._listening = False
-        if self.compressor is not None and self.compressor.needs_saliency:
-            check_saliency_config(vllm_config)
-            self._attention = self.vision_tower.encoder.layer[-1].attention
-            self._attention.attn.register_forward_pre_hook(self._keep)
 
-    def image_layout(self, data: Mapping[str, Any], length: int) -> VideoLayout:
-        """An image is a run of tokens."""
-        return sequential_layout(VideoGrid(1, 1, length), [[]], [[]])
+    @property
+    def last_attention(self) -> Any:
+        """Of InternViT."""
+        return self.vision_tower.encoder.layer[-1].attention
 
-    def _keep(self, module: Any, args: tuple[Any, ...]) -> None:
-        if self._listening:
-            self._captured = args[0], args[1]
+    def frame_rows(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Projected, four patches to a row."""
+        return self.extract_feature(pixels)
 
-    def _saliency(self, kind: str) -> torch.Tensor:
-        """[T, N] of the frames that the tower has just seen; every rank holds all heads of this tower."""
-        assert self._captured is not None, "the tower has not run"
-        heads, captured = self._attention.num_heads, self._captured
-        self._captured = None
-        query, key = (units(tensor.unflatten(-1, (heads, -1)), self.config) for tensor in captured)
-        return KINDS[kind](query, key, len(captured[0]), merge_size(self.config) ** 2) / heads
-
-    def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
-        video_input = super()._parse_and_validate_video_input(**kwargs)
-        return video_input if self.compressor is None or video_input is None else (video_input, kwargs)
+    def frame_saliency(self, kind: str, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Every rank holds all heads of this tower."""
+        heads, num_frames = self.last_attention.num_heads, len(query)
+        query, key = (units(tensor.unflatten(-1, (heads, -1)), self.config) for tensor in (query, key))
+        return KINDS[kind](query, key, num_frames, merge_size(self.config) ** 2) / heads
 
     def _process_vision_input(self, image_input: Any) -> Any:
         """Rows of each image, or of each video, encoded and selected one video at a time."""
@@ -115,20 +100,3 @@ class ScoreInternVLForConditionalGeneration(CompressionModelMixin, InternS1ForCo
         videos, fields = image_input
         frames = videos["pixel_values"].split([int(count) for count in videos["num_patches"]])
         return self.compress_videos(fields, self._encode_videos(frames, fields))
-
-    def _encode_videos(
-        self, videos: Any, fields: Mapping[str, Any]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for index, (pixels, kind) in enumerate(zip(videos, self.saliency_kinds(fields), strict=True)):
-            yield self.encode_cells(fields, index, kind, partial(self._encode_some, pixels, kind))
-
-    def _encode_some(self, pixels: torch.Tensor, kind: str | None, frames: list[int]) -> dict[str, torch.Tensor]:
-        """The tower on some frames [F, ...] of a video; each is a cell."""
-        self._listening = kind is not None
-        if len(frames) < len(pixels):
-            pixels = pixels.index_select(0, device_index(frames, pixels.device))
-        values = {ROWS: self.extract_feature(pixels)}
-        self._listening = False
-        if kind is not None:
-            values[kind] = self._saliency(kind)
-        return values

@@ -8,8 +8,8 @@ row of each frame (LLaVA-Video). Newlines always stay. Positions are 1-D: :mod:`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,14 +24,10 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from score_vllm.layout import VideoLayout, sequential_layout
-from score_vllm.models.adapter import CompressionModelMixin
+from score_vllm.layout import VideoLayout
 from score_vllm.models.admission import AdmissionDummyInputsMixin, AdmissionInfoMixin, VideoLimit
-from score_vllm.models.cells import ROWS
+from score_vllm.models.frames import FrameModelMixin
 from score_vllm.models.processing import CompressionProcessorMixin
-from score_vllm.models.saliency import check_saliency_config
-from score_vllm.types import VideoGrid
-from score_vllm.vision.cell_cache import device_index
 from score_vllm.vision.pooling import frames_layout, pool_frames
 from score_vllm.vision.saliency import KINDS
 
@@ -70,52 +66,40 @@ class ScoreLlavaOnevisionProcessor(CompressionProcessorMixin, LlavaOnevisionMult
     ScoreLlavaOnevisionProcessor, info=ScoreLlavaOnevisionInfo, dummy_inputs=ScoreLlavaOnevisionDummyInputs
 )
 class ScoreLlavaOnevisionForConditionalGeneration(
-    CompressionModelMixin, LlavaOnevisionForConditionalGeneration, SupportsMRoPE
+    FrameModelMixin, LlavaOnevisionForConditionalGeneration, SupportsMRoPE
 ):
     """LLaVA-OneVision or LLaVA-Video whose videos enter the language model as S + K rows."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup_compression(vllm_config)
-        self._captured: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._listening = False
-        if self.compressor is not None and self.compressor.needs_saliency:
-            check_saliency_config(vllm_config)
-            self._attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
-            self._attention.attn.register_forward_pre_hook(self._keep)
 
     @property
     def learned_row(self) -> torch.Tensor:
         """The newline."""
         return self.image_newline
 
-    def image_layout(self, data: Mapping[str, Any], length: int) -> VideoLayout:
-        """An image is a run of tokens."""
-        return sequential_layout(VideoGrid(1, 1, length), [[]], [[]])
-
     def apply_pooling(self, image_features: torch.Tensor, stride: int = 2) -> torch.Tensor:
         """[F, N, D] of projected frames [F, P, D]."""
         return pool_frames(self.config, image_features)
 
-    def _keep(self, module: Any, args: tuple[Any, ...]) -> None:
-        if self._listening:
-            self._captured = args[0], args[1]
+    @property
+    def last_attention(self) -> Any:
+        """Of the last layer that is used."""
+        return self.vision_tower.vision_model.encoder.layers[-1].self_attn
 
-    def _saliency(self, kind: str) -> torch.Tensor:
-        """[T, N] of the frames that the tower has just seen: its last layer's attention, pooled like the features."""
-        assert self._captured is not None, "the tower has not run"
-        # [F, P, heads * d] of this rank's heads.
-        heads, width = self._attention.num_heads_per_partition, self._attention.head_dim
-        query, key = (tensor.reshape(-1, heads, width) for tensor in self._captured)
-        num_frames, self._captured = len(self._captured[0]), None
-        summed = KINDS[kind](query, key, num_frames, 1)
-        if self._attention.tp_size > 1:
+    def frame_rows(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Projected and pooled."""
+        return self._video_pixels_to_features(self.vision_tower, pixels)
+
+    def frame_saliency(self, kind: str, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Pooled like the features; query and key [F, P, heads * d] are of this rank's heads."""
+        attention, num_frames = self.last_attention, len(query)
+        heads, width = attention.num_heads_per_partition, attention.head_dim
+        summed = KINDS[kind](query.reshape(-1, heads, width), key.reshape(-1, heads, width), num_frames, 1)
+        if attention.tp_size > 1:
             summed = tensor_model_parallel_all_reduce(summed)
-        return pool_frames(self.config, (summed / self._attention.num_heads)[..., None])[..., 0]
-
-    def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
-        video_input = super()._parse_and_validate_video_input(**kwargs)
-        return video_input if self.compressor is None or video_input is None else (video_input, kwargs)
+        return pool_frames(self.config, (summed / attention.num_heads)[..., None])[..., 0]
 
     def _process_video_pixels(self, inputs: Any) -> Any:
         """Rows of each video, encoded and selected one video at a time."""
@@ -123,21 +107,3 @@ class ScoreLlavaOnevisionForConditionalGeneration(
             return super()._process_video_pixels(inputs)
         videos, fields = inputs
         return self.compress_videos(fields, self._encode_videos(videos["pixel_values_videos"], fields))
-
-    def _encode_videos(
-        self, videos: Any, fields: Mapping[str, Any]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for index, (pixels, kind) in enumerate(zip(videos, self.saliency_kinds(fields), strict=True)):
-            yield self.encode_cells(fields, index, kind, partial(self._encode_some, pixels, kind))
-
-    def _encode_some(self, pixels: torch.Tensor, kind: str | None, frames: list[int]) -> dict[str, torch.Tensor]:
-        """The tower on some frames [F, ...] of a video; each is a cell."""
-        self._listening = kind is not None
-        chosen = pixels
-        if len(frames) < len(pixels):
-            chosen = pixels.index_select(0, device_index(frames, pixels.device))
-        values = {ROWS: self._video_pixels_to_features(self.vision_tower, chosen)}
-        self._listening = False
-        if kind is not None:
-            values[kind] = self._saliency(kind)
-        return values

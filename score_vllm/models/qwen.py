@@ -47,10 +47,6 @@ class QwenModelMixin(CompressionModelMixin, EncoderGraphsMixin):
             check_saliency_config(vllm_config)
             self._saliency = AttentionSaliency(self.visual)
 
-    def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
-        video_input = super()._parse_and_validate_video_input(**kwargs)  # type: ignore[misc]
-        return video_input if self.compressor is None or video_input is None else (video_input, kwargs)
-
     def _process_video_input(self, video_input: Any) -> tuple[torch.Tensor, ...]:
         """Rows of each video, encoded and selected one video at a time."""
         if self.compressor is None:
