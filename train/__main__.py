@@ -6,22 +6,24 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from score_vllm.train.config import OWN_FILES, TrainSettings, load_settings
+from score_vllm.train.config import OWN_FILES, StageSettings, TrainSettings, load_settings
 from score_vllm.train.curriculum import open_sources
 from score_vllm.train.data.sample import BrokenSampleError, SampleSource
 from score_vllm.train.data.sources import mixed
 from score_vllm.train.data.targets import Targets, look_at, require_descriptions
-from score_vllm.train.frozen.model import FrozenVLM
+from score_vllm.train.frozen.model import Engine, FrozenVLM
 from score_vllm.train.initial_policy import make_policy
 from score_vllm.train.own_clips import ClipDescriber, find_clips, prepare
-from score_vllm.train.own_report import estimate, report
+from score_vllm.train.own_estimate import estimate
+from score_vllm.train.report.write import write_report
 from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
 from score_vllm.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,7 +79,6 @@ def run(options: argparse.Namespace) -> int:
     check_tracker(settings.tracking)
     config = FrozenVLM.config_of(model_path(settings))
     accelerator = engine = None
-    held_out: list[Path] = []
     if settings.clips and options.check:
         print(f"clips    {len(find_clips(settings.clips))} videos in {settings.clips}")
         if not all((settings.described / name).is_file() for name in OWN_FILES.values()):
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         describer = ClipDescriber(settings, engine, accelerator.process_index, accelerator.num_processes)
         if accelerator.is_main_process:
             print("\n".join(estimate(settings, describer, paths, accelerator.num_processes)), flush=True)
-        held_out = prepare(settings, describer, paths, accelerator)
+        prepare(settings, describer, paths, accelerator)
     opened = {stage.name: open_sources(stage, temporal_merge(config)) for stage in stages}
     targets = look_at_targets(settings, opened)
     if options.check:
@@ -106,10 +107,27 @@ def run(options: argparse.Namespace) -> int:
         stage.name: mixed(opened[stage.name], [spec.weight for spec in stage.sources], settings.seed)
         for stage in stages
     }
-    code = Trainer(settings, engine, accelerator, sources).run(only=options.stage, resume=options.resume)
-    if settings.clips and code == 0 and accelerator.is_main_process:
-        report(settings, engine, held_out)
-    return code
+    try:
+        code = Trainer(settings, engine, accelerator, sources).run(only=options.stage, resume=options.resume)
+        if code == 0:
+            report(settings, stages[-1], engine, accelerator, temporal_merge(config))
+        return code
+    except TrainingStoppedError:
+        report(settings, stages[-1], None, accelerator, temporal_merge(config))
+        raise
+    finally:
+        accelerator.end_training()
+
+
+def report(settings: TrainSettings, stage: StageSettings, engine: Engine | None, accelerator: Any, merge: int) -> None:
+    """Write ``report.html``; all processes call this together. Whatever goes wrong in it, training is done."""
+    try:
+        if accelerator.is_main_process:
+            print("\n".join(write_report(settings, stage, engine, merge)), flush=True)
+    except Exception:
+        logger.exception("the report of %s could not be written; the run itself is whole", settings.output)
+    if engine is not None:
+        engine.finish_step()
 
 
 def temporal_merge(config: Any) -> int:

@@ -20,6 +20,7 @@ from score_vllm.train.schema import ConfigurationError, Settings, assign, build,
 
 # Written for a run on own clips, and read by its sources of these kinds.
 OWN_FILES = {"jsonl": "clips.jsonl", "stills": "stills.jsonl"}
+OWN_HELD_OUT = "held_out.jsonl"
 
 
 class ModelSettings(Settings):
@@ -150,6 +151,21 @@ class TrackingSettings(Settings):
     progress: bool = True
 
 
+class ReportSettings(Settings):
+    """``<output>/report.html``, written at the end of a run.
+
+    Attributes:
+        clips: on which the policy is measured beside the baselines, each about as dear as one to two of training's
+            videos; 0 draws the curves alone.
+        pictures: clips of these whose kept tokens are drawn.
+        questions: asked about each, where the source has some.
+    """
+
+    clips: int = Field(default=12, ge=0, le=4096)
+    pictures: int = Field(default=3, ge=0, le=64)
+    questions: int = Field(default=4, ge=0, le=64)
+
+
 class CaptionSettings(Settings):
     """How the frozen model describes the videos of ``clips``.
 
@@ -197,7 +213,7 @@ class TrainSettings(Settings):
     """A whole run.
 
     Attributes:
-        output: folder of ``checkpoints/``, ``policy/`` and ``log.jsonl``.
+        output: folder of ``checkpoints/``, ``policy/``, ``log.jsonl`` and ``report.html``.
         clips: folder of videos to train on, described by the frozen model itself; empty: sources bring their texts.
         seed: of weights, data order and rollouts.
         collapse_patience: steps in a row that look collapsed before the run stops, see
@@ -216,6 +232,7 @@ class TrainSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     cache: CacheSettings = CacheSettings()
     tracking: TrackingSettings = TrackingSettings()
+    report: ReportSettings = ReportSettings()
     captions: CaptionSettings = CaptionSettings()
     stage: dict[str, StageSettings]
 
@@ -261,7 +278,7 @@ class TrainSettings(Settings):
 
 
 # A run may be resumed with other values of these; samples per step are compared over all processes.
-_FREE = ("output", "checkpoint", "cache", "tracking", "collapse_patience")
+_FREE = ("output", "checkpoint", "cache", "tracking", "report", "collapse_patience")
 
 
 def _shaping(plain: dict[str, Any]) -> dict[str, Any]:

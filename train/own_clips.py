@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from score_vllm.train.annotate.log import write_lines
-from score_vllm.train.config import OWN_FILES, TrainSettings
+from score_vllm.train.config import OWN_FILES, OWN_HELD_OUT, TrainSettings
 from score_vllm.train.data.clips import VIDEO_SUFFIXES, Clip, ClipReader
 from score_vllm.train.data.config import JsonlConfig
 from score_vllm.train.data.sample import BrokenSampleError, TrainingSample
@@ -161,17 +161,14 @@ class ClipDescriber:
                     continue
 
 
-def prepare(settings: TrainSettings, describer: ClipDescriber, paths: list[Path], accelerator: Any) -> list[Path]:
-    """Describe all clips and write what the sources of the stages read.
+def prepare(settings: TrainSettings, describer: ClipDescriber, paths: list[Path], accelerator: Any) -> None:
+    """Describe all clips and write what the sources of the stages, and the report, read.
 
     Args:
         settings: with ``clips``.
         describer: of this process.
         paths: from :func:`find_clips`.
         accelerator: all processes call this together.
-
-    Returns:
-        The held-out clips.
 
     Raises:
         ConfigurationError: too few clips can be read.
@@ -188,8 +185,9 @@ def prepare(settings: TrainSettings, describer: ClipDescriber, paths: list[Path]
                 f"clips {settings.clips!r}: only {len(found)} of {len(paths)} videos can be used, at least {MIN_CLIPS} "
                 f"are needed; {'; '.join(unreadable.values())}"
             )
-        rows = [{"video": str(d.path), "prompt": settings.captions.prompt, "caption": d.text} for d in train]
-        write_lines(describer.folder / OWN_FILES["jsonl"], rows)
+        for name, part in ((OWN_FILES["jsonl"], train), (OWN_HELD_OUT, [d for d in found if d.path in held_out])):
+            rows = [{"video": str(d.path), "prompt": settings.captions.prompt, "caption": d.text} for d in part]
+            write_lines(describer.folder / name, rows)
         stills = [{"image": f"stills/{name}", "caption": said} for d in train for name, said in d.stills.items()]
         write_lines(describer.folder / OWN_FILES["stills"], stills)
         print(f"clips    {len(train)} to train on, {len(found) - len(train)} held out, {len(unreadable)} unreadable")
@@ -198,7 +196,6 @@ def prepare(settings: TrainSettings, describer: ClipDescriber, paths: list[Path]
         for described in found[:3]:
             print(f"         {described.path.name}: {' '.join(described.text.split())[:160]}")
     accelerator.wait_for_everyone()
-    return held_out
 
 
 def choose_held_out(paths: list[Path], seed: int) -> list[Path]:

@@ -107,7 +107,6 @@ class Trainer:
         finally:
             if log:
                 log.close()
-            self.accelerator.end_training()
 
     def _standardise(self, policy: StandardisedPolicy, stage: StageSettings) -> None:
         """Every process measures the same samples."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -59,3 +60,11 @@ class SampleSource(Protocol):
 
     def text(self, index: int) -> tuple[str, str]:
         """``(prompt, target)`` of a sample, without reading its video; the video may still turn out broken."""
+
+
+@runtime_checkable
+class AskingSource(SampleSource, Protocol):
+    """A source whose videos come with questions that have one right answer; training does not use them."""
+
+    def questions(self, index: int) -> Sequence[tuple[str, str, str]]:
+        """``(kind, question, answer)`` of each about a sample's video; there may be none."""

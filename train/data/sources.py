@@ -19,7 +19,7 @@ from score_vllm.train.data.config import (
     source_config,
 )
 from score_vllm.train.data.pseudo import MERGE
-from score_vllm.train.data.sample import BrokenSampleError, SampleSource, TrainingSample
+from score_vllm.train.data.sample import AskingSource, BrokenSampleError, SampleSource, TrainingSample
 from score_vllm.train.data.stills import StillsSource
 from score_vllm.train.schema import ConfigurationError, MissingError
 
@@ -124,6 +124,12 @@ class MixedSource:
         """See :class:`~score_vllm.train.data.sample.SampleSource`."""
         source, place = self.locate(index)
         return self.sources[source].text(place)
+
+    def questions(self, index: int) -> Sequence[tuple[str, str, str]]:
+        """See :class:`~score_vllm.train.data.sample.AskingSource`."""
+        source, place = self.locate(index)
+        found = self.sources[source]
+        return found.questions(place) if isinstance(found, AskingSource) else ()
 
     def __getitem__(self, index: int) -> TrainingSample:
         """Sample ``index``; keys begin with the source's number.

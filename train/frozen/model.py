@@ -5,10 +5,10 @@ One file: encoding and cross-entropy share the tables and the padding of one bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ END_OF_TURN = "<|im_end|>"
 DEFAULT_MAX_ROLLOUT_TOKENS = 8192
 # Logits in fp32 that exist at a time: 64 Mi of them, 256 MiB.
 LOGITS_AT_ONCE = 1 << 26
+# Logits [n, V] and token ids [n] to [n] float32.
+PerToken = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,17 @@ class Engine(Protocol):
 
     def finish_step(self) -> None:
         """Called by every process once its passes of a step are done."""
+
+
+@runtime_checkable
+class AnsweringEngine(Engine, Protocol):
+    """An engine whose answers can be right or wrong, which the report asks for."""
+
+    def with_text(self, encoded: EncodedSample, prompt: str, target: str) -> EncodedSample:
+        """The same video, asked something else."""
+
+    def answers_right(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[K] bool: whether greedy decoding under each selection gives exactly the target."""
 
 
 class FrozenVLM:
@@ -232,23 +245,30 @@ class FrozenVLM:
         Raises:
             BrokenSampleError: the prompt or the target cannot be tokenised as one turn.
         """
-        try:
-            before, after = self.render(sample.prompt)
-        except ValueError as error:
-            raise BrokenSampleError(f"{sample.key}: {error}") from error
-        target = self._ids(sample.target.strip())
-        if bool(torch.isin(target, torch.tensor(self.tokenizer.all_special_ids)).any()):
-            raise BrokenSampleError(f"{sample.key}: the target holds a special token of the model")
+        texts = self._texts(sample.key, sample.prompt, sample.target)
         rows, grid = self._tower.encode_rows(sample.frames)
         return EncodedSample(
             key=sample.key,
             x=rows[..., : self.hidden_size],
             layout=self._tower.layout(grid, len(sample.frames), sample.fps),
-            prefix=self._ids(before),
-            suffix=self._ids(after),
-            target=torch.cat([target, self._ids(END_OF_TURN)]),
             levels=rows[..., self.hidden_size :] if rows.shape[-1] > self.hidden_size else None,
+            **texts,
         )
+
+    def with_text(self, encoded: EncodedSample, prompt: str, target: str) -> EncodedSample:
+        """The same video with another question; raises as :meth:`encode`."""
+        return replace(encoded, **self._texts(encoded.key, prompt, target))
+
+    def _texts(self, key: str, prompt: str, target: str) -> dict[str, Any]:
+        try:
+            before, after = self.render(prompt)
+        except ValueError as error:
+            raise BrokenSampleError(f"{key}: {error}") from error
+        answer = self._ids(target.strip())
+        if bool(torch.isin(answer, torch.tensor(self.tokenizer.all_special_ids)).any()):
+            raise BrokenSampleError(f"{key}: the target holds a special token of the model")
+        ended = torch.cat([answer, self._ids(END_OF_TURN)])
+        return {"prefix": self._ids(before), "suffix": self._ids(after), "target": ended}
 
     def _ids(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
@@ -266,12 +286,14 @@ class FrozenVLM:
         Raises:
             ValueError: no selection, or indices that are not ascending in [0, T * N).
         """
-        self._check(encoded, kept)
-        # Sharded weights are gathered into plain tensors, which inference mode would forbid.
-        with torch.no_grad() if self._lockstep else torch.inference_mode():
-            ce = self._cross_entropy(encoded, kept)
-        # A plain tensor: inference tensors may not meet autograd.
-        return ce.clone()
+        return self._answer_means(encoded, kept, _cross_entropies)
+
+    def answers_right(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[K] bool: whether greedy decoding gives exactly the target, where every token of it is the likeliest one.
+
+        Arguments and errors as of :meth:`cross_entropy`.
+        """
+        return self._answer_means(encoded, kept, _hits) == 1
 
     def finish_step(self) -> None:
         """Let other processes finish their forward passes; does nothing where each has the whole model."""
@@ -284,7 +306,16 @@ class FrozenVLM:
         nowhere = torch.zeros(3, 1, 1, dtype=torch.int64, device=self.device)
         answer_states(self.model.model.language_model, rows, nowhere, nowhere[0])
 
-    def _cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _answer_means(self, encoded: EncodedSample, kept: Sequence[torch.Tensor], measure: PerToken) -> torch.Tensor:
+        """[K] float32: the mean of a measure over the target's tokens, under each selection."""
+        self._check(encoded, kept)
+        # Sharded weights are gathered into plain tensors, which inference mode would forbid.
+        with torch.no_grad() if self._lockstep else torch.inference_mode():
+            means = self._run(encoded, kept, measure)
+        # A plain tensor: inference tensors may not meet autograd.
+        return means.clone()
+
+    def _run(self, encoded: EncodedSample, kept: Sequence[torch.Tensor], measure: PerToken) -> torch.Tensor:
         first = encoded.prefix.shape[0]
         structure = torch.from_numpy(encoded.layout.slots)
         vision = torch.from_numpy(encoded.layout.vision()[:, 0])
@@ -295,7 +326,7 @@ class FrozenVLM:
         ]
         lengths = [int(s.shape[0]) for s in sequences]
         target = encoded.target.to(self.device)
-        ce = torch.empty(len(kept), dtype=torch.float32, device=self.device)
+        means = torch.empty(len(kept), dtype=torch.float32, device=self.device)
         for batch in micro_batches(lengths, self.max_rollout_tokens):
             # Right padding reads the table's last row.
             padded = torch.nn.utils.rnn.pad_sequence(
@@ -307,8 +338,8 @@ class FrozenVLM:
             answers = ends[:, None] - target.shape[0] + torch.arange(target.shape[0], device=self.device)
             extra = None if levels is None else levels[:, padded]
             hidden = answer_states(self.model.model.language_model, rows[padded], positions[:, padded], answers, extra)
-            ce[torch.tensor(batch, device=self.device)] = self._target_ce(hidden, target)
-        return ce
+            means[torch.tensor(batch, device=self.device)] = self._over_target(hidden, target, measure)
+        return means
 
     def table(self, encoded: EncodedSample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Rows and positions of the whole sequence and of one row of padding: every rollout is a gather of these.
@@ -338,13 +369,12 @@ class FrozenVLM:
         positions, _ = prompt_positions(rows.shape[0], [VisualSpan.unpruned(first, layout)])
         return rows, torch.from_numpy(positions).to(self.device), levels
 
-    def _target_ce(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """[B] mean cross-entropy of ``target`` [M] from ``hidden`` [B, M, D]; a bounded number of logits at a time."""
+    def _over_target(self, hidden: torch.Tensor, target: torch.Tensor, measure: PerToken) -> torch.Tensor:
+        """[B] mean over ``target`` [M] from ``hidden`` [B, M, D]; a bounded number of logits at a time."""
         flat, wanted = hidden.flatten(0, 1), target.repeat(hidden.shape[0])
         step = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         parts = [
-            F.cross_entropy(self.model.lm_head(h).float(), w, reduction="none")
-            for h, w in zip(flat.split(step), wanted.split(step), strict=True)
+            measure(self.model.lm_head(h).float(), w) for h, w in zip(flat.split(step), wanted.split(step), strict=True)
         ]
         return torch.cat(parts).view(hidden.shape[0], -1).mean(dim=1)
 
@@ -357,6 +387,14 @@ class FrozenVLM:
                 raise ValueError(f"each selection must be [k] int64, got {tuple(k.shape)} {k.dtype}")
             if k.numel() and (int(k[0]) < 0 or int(k[-1]) >= encoded.num_tokens or bool((k[1:] <= k[:-1]).any())):
                 raise ValueError(f"each selection must be ascending in [0, {encoded.num_tokens}), without repeats")
+
+
+def _cross_entropies(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, wanted, reduction="none")
+
+
+def _hits(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(-1) == wanted).float()
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:

@@ -10,6 +10,7 @@ One file: scene, clip and questions are drawn from one generator, in an order th
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -282,6 +283,10 @@ class WorldSource:
         """Prompt and caption of a clip, without drawing it."""
         return CAPTION_PROMPTS[0], caption(make_clip(self.split, index)[0])
 
+    def questions(self, index: int) -> Sequence[tuple[str, str, str]]:
+        """See :class:`~score_vllm.train.data.sample.AskingSource`."""
+        return [(q.kind, q.text, q.answer) for q in make_clip(self.split, index)[1]]
+
 
 @dataclass(frozen=True)
 class PseudoWorldSource(WorldSource):
@@ -299,6 +304,10 @@ class PseudoWorldSource(WorldSource):
     def text(self, index: int) -> tuple[str, str]:
         """Prompt and caption of a clip, without drawing it."""
         return CAPTION_PROMPTS[0], caption(make_pseudo_scene(clip_rng(self.split, index, "pseudo")))
+
+    def questions(self, index: int) -> Sequence[tuple[str, str, str]]:
+        """None."""
+        return ()
 
 
 def _named(thing: Thing) -> str:

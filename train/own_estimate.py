@@ -1,13 +1,11 @@
-"""Before a run on own clips: how long and how much memory. After it: what the policy keeps of held-out clips."""
+"""Before a run on own clips: how long it will take, and how much memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from score_vllm.policy import RetentionPolicy
@@ -84,40 +82,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
-
-
-def report(settings: TrainSettings, engine: FrozenVLM, held_out: list[Path]) -> None:
-    """Draw what the policy keeps of the held-out clips, and say what that costs their descriptions.
-
-    Pictures go to ``<output>/held_out``; a row of the table is the mean cross-entropy, nats per token.
-    """
-    from score_vllm import select_tokens
-    from score_vllm.viz.draw import draw
-
-    policy = RetentionPolicy.from_pretrained(Path(settings.output) / "policy").to(engine.device)
-    describer = ClipDescriber(settings, engine)
-    described, _ = describer.describe(held_out, held_out, quiet=True)
-    folder = Path(settings.output) / "held_out"
-    folder.mkdir(parents=True, exist_ok=True)
-    ratios, names = (0.25, 0.1), ("score", "uniform", "random")
-    base, ce = [], {(name, ratio): [] for name in names for ratio in ratios}  # type: ignore[var-annotated]
-    for item in described:
-        clip = describer.reader.read(item.path, item.path.name)
-        encoded = engine.encode(
-            TrainingSample(item.path.name, clip.frames, clip.fps, settings.captions.prompt, item.text)
-        )
-        base.append(float(engine.cross_entropy(encoded, [torch.arange(encoded.num_tokens)])[0]))
-        shown = {}
-        for name, ratio in ce:
-            selection = select_tokens(encoded.x, ratio, name, policy if name == "score" else None)
-            ce[name, ratio].append(float(engine.cross_entropy(encoded, [selection.indices.cpu()])[0]))
-            if name == "score":
-                shown[f"policy, {ratio:.0%}"] = replace(selection, indices=selection.indices.cpu())
-        print(f"picture  {draw(folder / f'{item.path.stem}.png', clip.frames, encoded.grid, shown)}")
-    if not base:
-        print("held out no clip can be read")
-        return
-    print(f"held out {len(base)} clips, cross-entropy of their descriptions; all tokens: {np.mean(base):.3f}")
-    for name in names:
-        cells = ", ".join(f"{ratio:.0%} kept: {np.mean(ce[name, ratio]):.3f}" for ratio in ratios)
-        print(f"         {'this policy' if name == 'score' else name:<11} {cells}")

@@ -1,0 +1,102 @@
+"""Which clips a report measures: fixed ones that training did not see, where the source can give such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from score_vllm.train.config import OWN_HELD_OUT, StageSettings, TrainSettings
+from score_vllm.train.data.config import FileConfig, JsonlConfig, SourceConfig, WorldConfig
+from score_vllm.train.data.sample import AskingSource, BrokenSampleError, SampleSource, TrainingSample
+from score_vllm.train.data.sources import mixed, open_source
+from score_vllm.train.frozen.model import EncodedSample, Engine
+from score_vllm.train.schema import ConfigurationError
+
+# A split of the worlds that no training names.
+SPLIT = "report"
+MOST_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class ReportClip:
+    """A clip as the report uses it: its sample, what the engine made of it, and ``(kind, question, answer)`` of each
+    question about it."""
+
+    sample: TrainingSample
+    encoded: EncodedSample
+    questions: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class ReportSource:
+    """Samples to measure; ``seen`` says that training used them, too."""
+
+    samples: SampleSource
+    seen: bool
+
+
+def open_report_source(settings: TrainSettings, stage: StageSettings, merge: int) -> ReportSource:
+    """The sources of the run's last stage, in the split that it did not see.
+
+    Args:
+        settings: of the run.
+        stage: the last one that was run.
+        merge: frames per temporal cell of the model.
+
+    Raises:
+        ConfigurationError: not even the sources of training can be opened.
+    """
+    specs = list(stage.sources)
+    if settings.clips:
+        own = next(s for one in settings.stages for s in one.sources if isinstance(s, JsonlConfig))
+        specs = [own.model_copy(update={"path": str(settings.described / OWN_HELD_OUT), "split": "all"})]
+        unseen: list[SourceConfig | None] = [*specs]
+    else:
+        unseen = [_unseen(spec) for spec in specs]
+    weights = [spec.weight for spec in specs]
+    try:
+        opened = [open_source(spec, merge) for spec in unseen if spec is not None]
+        if len(opened) == len(specs):
+            return ReportSource(mixed(opened, weights, settings.seed), seen=False)
+    except ConfigurationError:  # nothing is left in that split
+        pass
+    return ReportSource(
+        mixed([open_source(s, merge) for s in stage.sources], [s.weight for s in stage.sources], settings.seed),
+        seen=True,
+    )
+
+
+def _unseen(spec: SourceConfig) -> SourceConfig | None:
+    if isinstance(spec, WorldConfig):
+        return spec.model_copy(update={"split": SPLIT})
+    if isinstance(spec, FileConfig) and spec.split in ("", "train") and spec.held_out:
+        return spec.model_copy(update={"split": "held_out", "limit": 0})
+    return None
+
+
+def read_clips(
+    source: SampleSource, stage: StageSettings, engine: Engine, count: int, questions: int
+) -> Iterator[ReportClip]:
+    """Up to ``count`` clips in a fixed order; broken ones are passed over, a bounded number of them.
+
+    Args:
+        source: of the samples.
+        stage: bounds the frames.
+        engine: encodes.
+        count: of clips.
+        questions: most of each clip.
+    """
+    found = 0
+    for index in np.random.default_rng(0).permutation(len(source))[: count * MOST_ATTEMPTS].tolist():
+        if found == count:
+            return
+        try:
+            sample = source[index]
+            if stage.min_frames <= len(sample.frames) <= stage.max_frames:
+                asked = source.questions(index) if isinstance(source, AskingSource) else ()
+                yield ReportClip(sample, engine.encode(sample), tuple(asked)[:questions])
+                found += 1
+        except BrokenSampleError:
+            continue
