@@ -4,6 +4,7 @@ Three servers run side by side: vanilla, SCORE without a cell cache, SCORE with 
 
 * ``cold``: a clip that nobody has seen, also without the cache;
 * ``another ratio``: the same clip;
+* ``asked again``: the same clip at the first ratio, by a server whose other caches are off;
 * ``window slides``: two seconds further in the file that the clip was cut from (``video_start``, ``video_end``);
 * ``window slides, files``: two seconds further still, as a file of its own, cut without encoding again;
 * ``clip grows``: a file that was asked about when it was two seconds shorter;
@@ -72,6 +73,7 @@ def make_steps(folder: Path, shape: ClipShape, seed: int, ratio: float, other: f
         Step("cold, cache off", "cache off", first, ratio),
         Step("cold", "cache on", first, ratio),
         Step("another ratio", "cache on", first, other),
+        Step("asked again", "cache on", first, ratio),
         Step("window slides", "cache on", source, ratio, (move, move + seconds)),
         Step("window slides, files", "cache on", cut(source, 2 * move, 2 * move + seconds), ratio),
         Step(None, "cache on", cut(growing, 0, seconds - move), ratio),

@@ -41,6 +41,7 @@ def test_the_steps_of_a_repeat_are_expected_to_encode_what_is_new(tmp_path: Path
         "cold, cache off": (10, 10),
         "cold": (10, 10),
         "another ratio": (0, 10),
+        "asked again": (0, 10),
         "window slides": (2, 10),
         "window slides, files": (2, 10),
         None: (8, 8),
