@@ -29,6 +29,7 @@ from .conftest import API_KEY, ROOT, Server
 from .requests_of import ask, chat, data_url
 
 webdriver = pytest.importorskip("selenium.webdriver")
+axe = pytest.importorskip("axe_core_python.selenium")
 from selenium.common.exceptions import WebDriverException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -357,3 +358,5 @@ def test_every_width_and_theme(theme: str, width: int, browser: Any, server: Ser
     for element in page.all("input, button, select, textarea, canvas[role], [role=slider], summary"):
         if element.is_displayed():
             assert element.accessible_name, element.get_attribute("outerHTML")
+    found = axe.Axe().run(browser)["violations"]
+    assert [(one["id"], one["help"], [node["html"][:200] for node in one["nodes"]]) for one in found] == []

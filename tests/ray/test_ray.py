@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +92,28 @@ def rows(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return Rows(data, folder, *annotate(cluster, data, folder / "one.jsonl", "--backend", "engine", ray=False))
 
 
-def test_two_actors_annotate_as_one_process(cluster: Cluster, rows: Rows) -> None:
+def test_two_actors_annotate_as_one_process_also_where_they_die(cluster: Cluster, rows: Rows) -> None:
+    """Both are killed once an answer is there; Ray starts them again, and what they had in work is done again."""
     assert len(rows.captions) == 6
     assert rows.captions[0]["caption"].startswith("A cyan star stays at the top right.")
-    more = ("--backend", "ray", "--actors", "2", "--batch", "2", "--partition", "2")
-    assert annotate(cluster, rows.data, rows.folder / "two.jsonl", *more) == (rows.captions, rows.failures)
+    output = rows.folder / "two.jsonl"
+    more = ("--backend", "ray", "--actors", "2", "--batch", "1", "--partition", "1")
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(annotate, cluster, rows.data, output, *more)
+        killed = kill_after_the_first_answer(cluster, output, done)
+        assert done.result() == (rows.captions, rows.failures)
+    assert len(killed) == 2
+
+
+def kill_after_the_first_answer(cluster: Cluster, output: Path, done: Future[Any]) -> list[psutil.Process]:
+    """The actors, killed."""
+    while not any('"status": "ok"' in path.read_text() for path in output.parent.glob(f"{output.stem}*")):
+        assert not done.done()
+        time.sleep(0.02)
+    actors = [actor for actor in cluster.actors("ray::") if "_Actor" in " ".join(actor.cmdline())]
+    for actor in actors:
+        actor.kill()
+    return actors
 
 
 def test_a_folder_is_captioned_by_two_actors_and_goes_on_where_it_ended(cluster: Cluster, rows: Rows) -> None:
@@ -135,6 +152,9 @@ class Server:
         body = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": tokens, **fields}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=300)
 
+    def wait(self) -> None:
+        wait_ready(self.url, self.process, self.log, 1200)
+
     def metrics(self) -> list[str]:
         return httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
 
@@ -144,35 +164,46 @@ class Server:
         return [float(line.rsplit(" ", 1)[1]) for line in sorted(lines)]
 
 
+Start = Callable[[str], Server]
+OPTIONS = {
+    "two": ["--data-parallel-size", "2", "--data-parallel-backend", "ray", "--api-server-count", "1"],
+    "one": ["--distributed-executor-backend", "ray"],
+}
+
+
 @pytest.fixture(scope="module")
-def servers(cluster: Cluster, rows: Rows) -> Iterator[dict[str, Server]]:
-    """Two engines behind one server, and one behind another; the start of one overlaps that of the other."""
-    options = {
-        "two": ["--data-parallel-size", "2", "--data-parallel-backend", "ray", "--api-server-count", "1"],
-        "one": ["--distributed-executor-backend", "ray"],
-    }
-    started = {}
+def start(cluster: Cluster, rows: Rows) -> Iterator[Start]:
+    """Starts a server by the name of its options; does not wait for it."""
     with ExitStack() as stack:
-        for name, more in options.items():
+
+        def start_one(name: str) -> Server:
             port = free_port()
-            command = [str(BIN / "score-serve"), "--model", "demo", "--host", "127.0.0.1", "--port", str(port), *more]
-            log = rows.folder / f"{name}.log"
+            command = [str(BIN / "score-serve"), "--model", "demo", "--host", "127.0.0.1", "--port", str(port)]
+            command += ["--allowed-local-media-path", str(rows.folder), *OPTIONS[name]]
+            log = rows.folder / f"{name}-{port}.log"
             sink = stack.enter_context(log.open("wb"))
-            command += ["--allowed-local-media-path", str(rows.folder)]
             process = subprocess.Popen(command, env=cluster.env, stdout=sink, stderr=subprocess.STDOUT)
             stack.callback(stop, process)
-            started[name] = Server(f"http://127.0.0.1:{port}", process, log)
-        for server in started.values():
-            wait_ready(server.url, server.process, server.log, 1200)
-        yield started
+            return Server(f"http://127.0.0.1:{port}", process, log)
+
+        yield start_one
+
+
+@pytest.fixture(scope="module")
+def servers(start: Start) -> dict[str, Server]:
+    """Two engines behind one server, and one behind another; the start of one overlaps that of the other."""
+    started = {name: start(name) for name in OPTIONS}
+    for server in started.values():
+        server.wait()
+    return started
 
 
 @pytest.mark.parametrize("name", ["two", "one"])
 def test_servers_answer_as_one_process(name: str, cluster: Cluster, rows: Rows, servers: dict[str, Server]) -> None:
-    url = f"{servers[name].url}/v1"
+    server = servers[name]
     # A file of its own: one that is there already would be resumed, and nobody asked.
     output = rows.folder / f"server_{name}.jsonl"
-    captions, _ = annotate(cluster, rows.data, output, "--base-url", url, "--send", "file")
+    captions, _ = annotate(cluster, rows.data, output, "--base-url", f"{server.url}/v1", "--send", "file")
     assert captions == rows.captions
 
 
@@ -214,3 +245,11 @@ def test_what_is_left_is_free_for_the_next_start(cluster: Cluster, servers: dict
     assert servers["one"].process.returncode == 0
     left = cluster.actors("ray::EngineCoreActor") + cluster.actors("ray::RayWorkerProc")
     assert not psutil.wait_procs(left, 60)[1]
+
+
+def test_the_server_that_went_down_starts_again_and_answers(cluster: Cluster, rows: Rows, start: Start) -> None:
+    server = start("two")
+    server.wait()
+    output = rows.folder / "restarted.jsonl"
+    captions, _ = annotate(cluster, rows.data, output, "--base-url", f"{server.url}/v1", "--send", "file")
+    assert captions == rows.captions
