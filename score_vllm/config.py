@@ -30,6 +30,7 @@ class PolicyConfig:
         architecture: vLLM's name of that model's architecture; served with no other. Empty: :data:`FIRST_ARCHITECTURE`.
         method: always ``"score"``: the file says what made it.
         use_residual: False is the paper's ablation without the surprise signal (table 5).
+        ratio_input: the hidden bias is a function of the retention ratio (not in the paper).
         provenance: free-form record of how it was made: commit, data, versions, arguments.
         format_version: of this file.
     """
@@ -40,6 +41,7 @@ class PolicyConfig:
     architecture: str = ""
     method: str = "score"
     use_residual: bool = True
+    ratio_input: bool = False
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -50,8 +52,9 @@ class PolicyConfig:
                 raise ValueError(f"policy config: {name} must be an integer >= 1, got {value!r}")
         if self.method != "score":
             raise ValueError(f"policy config: method must be 'score', got {self.method!r}")
-        if not isinstance(self.use_residual, bool):
-            raise ValueError(f"policy config: use_residual must be true or false, got {self.use_residual!r}")
+        for name in ("use_residual", "ratio_input"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"policy config: {name} must be true or false, got {getattr(self, name)!r}")
         if not isinstance(self.architecture, str):
             raise ValueError(f"policy config: architecture must be a string, got {self.architecture!r}")
         if self.format_version != FORMAT_VERSION:

@@ -20,6 +20,8 @@ from score_vllm.kernels import ops, reference
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "policy.safetensors"
+# At which ``b_in`` of a policy that reads the retention ratio is the whole hidden bias.
+MIDDLE_RATIO = 0.2
 
 
 class RetentionPolicy(torch.nn.Module):
@@ -33,6 +35,7 @@ class RetentionPolicy(torch.nn.Module):
         model_id: the model this policy is for; informative.
         architecture: vLLM's name of that model's architecture; serving refuses the policy elsewhere.
         seed: initialises the weights, independent of the global random state.
+        ratio_input: the hidden bias is a function of the retention ratio (not in the paper).
 
     Raises:
         ValueError: a size is below 1, or the probability is not in (0, 1).
@@ -48,13 +51,19 @@ class RetentionPolicy(torch.nn.Module):
         model_id: str = "",
         architecture: str = "",
         seed: int = 0,
+        ratio_input: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 < initial_keep_probability < 1.0:
             raise ValueError(f"initial_keep_probability must be in (0, 1), got {initial_keep_probability!r}")
         width = default_policy_width(hidden_size) if policy_width is None else policy_width
         self.config = PolicyConfig(
-            hidden_size, width, model_id=model_id, architecture=architecture, use_residual=use_residual
+            hidden_size,
+            width,
+            model_id=model_id,
+            architecture=architecture,
+            use_residual=use_residual,
+            ratio_input=ratio_input,
         )
         inputs = hidden_size * (2 if use_residual else 1)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -65,12 +74,15 @@ class RetentionPolicy(torch.nn.Module):
         self.w_out = torch.nn.Parameter(torch.randn(width, generator=generator, **plain) / width**0.5)
         bias = math.log(initial_keep_probability / (1.0 - initial_keep_probability))
         self.b_out = torch.nn.Parameter(torch.full((1,), bias, **plain))
+        if ratio_input:
+            self.w_ratio = torch.nn.Parameter(torch.zeros(width, **plain))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ratio: float | None = None) -> torch.Tensor:
         """Retention logits; ``sigmoid`` of them is p of paper eq. 4.
 
         Args:
             x: [T, N, D] visual tokens of one video, bf16, fp16 or fp32.
+            ratio: retention ratio, read by policies with ``ratio_input``; None: :data:`MIDDLE_RATIO`.
 
         Returns:
             [T, N] float32. Differentiable in the policy's parameters when gradients are enabled.
@@ -84,12 +96,15 @@ class RetentionPolicy(torch.nn.Module):
             raise ValueError(f"x must be bf16, fp16 or fp32, got {x.dtype}")
         # The reference is differentiable; the fast path is for inference only.
         run = reference.score if torch.is_grad_enabled() else ops.score
-        logits = run(x, *self.weights(), self.config.use_residual)
+        logits = run(x, *self.weights(ratio), self.config.use_residual)
         return logits.view(x.shape[0], x.shape[1])
 
-    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(w_in, b_in, w_out, b_out)`` as the kernels take them."""
-        return self.w_in, self.b_in, self.w_out, self.b_out
+    def weights(self, ratio: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(w_in, b_in, w_out, b_out)`` as the kernels take them, the bias for a retention ratio."""
+        b_in: torch.Tensor = self.b_in
+        if self.config.ratio_input and ratio is not None:
+            b_in = b_in + self.w_ratio * math.log(ratio / MIDDLE_RATIO)
+        return self.w_in, b_in, self.w_out, self.b_out
 
     @property
     def hidden_size(self) -> int:
@@ -190,7 +205,9 @@ class RetentionPolicy(torch.nn.Module):
             weights = load_file(directory / WEIGHTS_NAME)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{directory / WEIGHTS_NAME} is not a complete safetensors file: {error}") from error
-        policy = cls(config.hidden_size, config.policy_width, use_residual=config.use_residual)
+        policy = cls(
+            config.hidden_size, config.policy_width, use_residual=config.use_residual, ratio_input=config.ratio_input
+        )
         expected = {name: tuple(p.shape) for name, p in policy.state_dict().items()}
         found = {name: tuple(w.shape) for name, w in weights.items()}
         if found != expected:

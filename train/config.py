@@ -18,6 +18,8 @@ from score_vllm.near_miss import near_miss
 from score_vllm.train.data.config import SourceConfig
 from score_vllm.train.schema import ConfigurationError, Settings, assign, build, parse_override, read_toml
 
+# Where the ratios of ``high_share`` begin.
+HIGH_RATIO = 0.3
 # Written for a run on own clips, and read by its sources of these kinds.
 OWN_FILES = {"jsonl": "clips.jsonl", "stills": "stills.jsonl"}
 OWN_HELD_OUT = "held_out.jsonl"
@@ -50,6 +52,7 @@ class PolicySettings(Settings):
         init: directory of a policy to start from; empty for fresh weights.
         standardise: samples whose tokens give the mean and scale per channel in which a fresh policy learns (not in the
             paper); folded into its weights when it is saved. 0: none.
+        ratio_input: the hidden bias is a function of the retention ratio (not in the paper; ``budget-matched`` only).
     """
 
     width: int = Field(default=0, ge=0, le=65536)
@@ -57,6 +60,7 @@ class PolicySettings(Settings):
     initial_keep_probability: float = Field(default=0.5, ge=0.01, le=0.99)
     init: str = ""
     standardise: int = Field(default=0, ge=0, le=4096)
+    ratio_input: bool = False
 
 
 class RolloutSettings(Settings):
@@ -64,21 +68,28 @@ class RolloutSettings(Settings):
 
     Attributes:
         objective: ``paper`` (Bernoulli masks, eq. 5-9), or ``budget-matched`` (exact-k subsets at serving's ratios).
+        advantage: of ``budget-matched``: ``group`` divides by the spread of the group, ``leave-one-out`` compares each
+            rollout with the mean of the others and does not.
         group_size: K rollouts per video.
         max_rollout_tokens: most tokens, padding included, that run through the language model at once.
         ratio_min, ratio_max: range of the ratios of ``budget-matched``, drawn log-uniformly.
+        high_share: share of the ratios that are drawn uniformly from 0.3 to ``ratio_max`` instead.
     """
 
     objective: Literal["paper", "budget-matched"] = "paper"
+    advantage: Literal["group", "leave-one-out"] = "group"
     group_size: int = Field(default=16, ge=2, le=4096)
     max_rollout_tokens: int = Field(default=8192, ge=1)
     ratio_min: float = Field(default=0.06, gt=0, le=1)
     ratio_max: float = Field(default=0.5, gt=0, le=1)
+    high_share: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.ratio_min > self.ratio_max:
             raise ValueError(f"ratio_min must be <= ratio_max = {self.ratio_max!r}, got {self.ratio_min!r}")
+        if self.high_share and self.ratio_max < HIGH_RATIO:
+            raise ValueError(f"high_share must be 0 where ratio_max < {HIGH_RATIO}, got {self.high_share!r}")
         return self
 
 
@@ -187,6 +198,8 @@ class StageSettings(Settings):
 
     Attributes:
         steps: optimiser steps.
+        dense_steps: of these the first, which learn from the gradient of the cross-entropy at every token instead of
+            rollouts (not in the paper).
         tau: tolerance of eq. 5; 1.01 in the paper's warm-up, 1.02 after it.
         min_frames, max_frames: a sample with fewer or more is skipped, counted and named.
         sources: what is read, mixed by weight.
@@ -195,6 +208,7 @@ class StageSettings(Settings):
     """
 
     steps: int = Field(default=1000, ge=1)
+    dense_steps: int = Field(default=0, ge=0)
     tau: float = Field(default=1.02, ge=1, le=10)
     min_frames: int = Field(default=1, ge=1)
     max_frames: int = Field(default=128, ge=1, le=65536)
@@ -244,6 +258,10 @@ class TrainSettings(Settings):
             raise ValueError("stage must hold at least one stage: a table [stage.NAME]")
         if self.clips and self.model.shard != "none":
             raise ValueError(f"clips can only be described by a whole model: model.shard = {self.model.shard!r}")
+        if self.model.shard != "none" and any(stage.dense_steps for stage in self.stage.values()):
+            raise ValueError(f"dense_steps must be 0 where model.shard = {self.model.shard!r}")
+        if self.policy.ratio_input and self.rollout.objective != "budget-matched":
+            raise ValueError("policy.ratio_input must be false where rollout.objective is not 'budget-matched'")
         return self
 
     @property

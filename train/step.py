@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from score_vllm.policy import RetentionPolicy
-from score_vllm.train.config import RolloutSettings
+from score_vllm.train.config import HIGH_RATIO, RolloutSettings
 from score_vllm.train.frozen.feature_cache import CachedSample
 from score_vllm.train.frozen.model import Engine
 from score_vllm.train.objective.loss import bernoulli_entropy, choice_entropy, policy_loss
@@ -27,6 +27,8 @@ METRICS = (
     "equal_masks",
     "logit_spread",
     "advantage_spread",
+    "ce_spread",
+    "choice_entropy",
     "tokens",
 )
 
@@ -40,8 +42,9 @@ class SampleResult:
         metrics: [len(METRICS)] float64: loss; reward (mean of eq. 5 + eq. 6); delta_ce (eq. 5); ce; ce_base; ce_gap
             (ce - ce_base); sparsity (eq. 6); safe_share; entropy (of the decisions in nats per token, or of the
             first pick as a share of the largest where budgets are equal); equal_masks (1 where all K are the same, so
-            that no gradient is left); logit_spread and advantage_spread (standard deviations); tokens that the language
-            model read in the rollouts.
+            that no gradient is left); logit_spread, advantage_spread and ce_spread (standard deviations);
+            choice_entropy (of the first pick as above, whatever the objective); tokens that the language model read in
+            the rollouts.
         problem: why the numbers cannot be used, empty if they can.
     """
 
@@ -74,11 +77,13 @@ def sample_step(
     encoded = item.encoded
     parameters = list(policy.parameters())
     exact = settings.objective == "budget-matched"
-    logits = policy(encoded.x.to(parameters[0].device)).flatten()
+    ratio = None
+    if exact:
+        ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator, HIGH_RATIO, settings.high_share)
+    logits = policy(encoded.x.to(parameters[0].device), ratio).flatten()
     if not bool(torch.isfinite(logits).all()):
         return _problem(parameters, f"{encoded.key}: the policy's logits are not finite: its weights or its inputs are")
-    if exact:
-        ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator)
+    if ratio is not None:
         rollouts = sample_exact(logits, settings.group_size, ratio, generator)
         entropy = choice_entropy(logits.detach())
     else:
@@ -92,7 +97,7 @@ def sample_step(
             f"{encoded.key}: the frozen model's cross-entropy is not finite (all tokens: {item.ce_base}; rollouts: "
             f"{[round(v, 3) for v in ce.tolist()]}); another model.dtype, or leaving the sample out, may help",
         )
-    advantage = rollouts.advantage(ce, item.ce_base, tau)
+    advantage = rollouts.advantage(ce, item.ce_base, tau, settings.advantage == "leave-one-out")
     loss = policy_loss(rollouts.log_probability(logits), advantage)
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):
@@ -117,9 +122,43 @@ def sample_step(
         (rollouts.masks == rollouts.masks[:1]).all(),
         logits.detach().std(correction=0),
         advantage.std(correction=0),
+        ce.std(correction=0),
+        choice_entropy(logits.detach()),
         tokens,
     ]
     return SampleResult(list(gradients), torch.tensor([float(v) for v in values], dtype=torch.float64))
+
+
+def dense_step(policy: RetentionPolicy, engine: Engine, item: CachedSample) -> SampleResult:
+    """A step of the dense warm start: cross-entropy from the softmax of the logits to the tokens' importance.
+
+    Not the paper's. One backward pass through the frozen model replaces the rollouts; nothing is known of subsets.
+
+    Args:
+        policy, engine, item: as of :func:`sample_step`.
+
+    Returns:
+        As of :func:`sample_step`; metrics of rollouts are zero.
+    """
+    encoded = item.encoded
+    parameters = list(policy.parameters())
+    logits = policy(encoded.x.to(parameters[0].device)).flatten()
+    target = engine.importance(encoded).to(logits.device)
+    loss = -(target / target.sum() * torch.log_softmax(logits, dim=0)).sum()
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+    if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):
+        return _problem(parameters, f"{encoded.key}: the loss {float(loss.detach())} or its gradient is not finite")
+    found = {
+        "loss": loss,
+        "ce": item.ce_base,
+        "ce_base": item.ce_base,
+        "entropy": choice_entropy(logits.detach()),
+        "choice_entropy": choice_entropy(logits.detach()),
+        "logit_spread": logits.detach().std(correction=0),
+        "tokens": encoded.num_tokens + encoded.num_text_tokens,
+    }
+    values = [float(found.get(name, 0.0)) for name in METRICS]
+    return SampleResult(list(gradients), torch.tensor(values, dtype=torch.float64))
 
 
 def _problem(parameters: list[torch.nn.Parameter], text: str) -> SampleResult:

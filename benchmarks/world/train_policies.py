@@ -20,12 +20,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "train" / "configs" / "demo.toml"
 # Names of stages, and what --set changes against demo.toml; "score" is the paper's method as it is served.
+EXACT = ["rollout.objective=budget-matched"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
     "no-residual": ["policy.use_residual=false"],
     # As many steps as the others' two stages together.
     "pseudo-only": ["stage.warmup.steps=1150"],
-    "budget-matched": ["rollout.objective=budget-matched"],
+    "budget-matched": EXACT,
+    "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
+    "high-ratios": [*EXACT, "rollout.high_share=0.5"],
+    "ratio-input": [*EXACT, "policy.ratio_input=true"],
+    "dense-start": [*EXACT, "stage.warmup.dense_steps=60"],
 }
 
 

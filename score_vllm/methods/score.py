@@ -16,7 +16,7 @@ def score(x: torch.Tensor, num_retained: int, *, policy: RetentionPolicy | None 
 
     Args:
         x: [T, N, D].
-        num_retained: unused: the ranking does not depend on it.
+        num_retained: K; read by policies with ``ratio_input`` alone.
         policy: the trained policy.
 
     Returns:
@@ -28,4 +28,4 @@ def score(x: torch.Tensor, num_retained: int, *, policy: RetentionPolicy | None 
     if policy is None:
         raise ValueError("method 'score' needs policy=RetentionPolicy(...); pass one or choose another method")
     with torch.no_grad():
-        return policy(x).flatten()
+        return policy(x, num_retained / (x.shape[0] * x.shape[1])).flatten()

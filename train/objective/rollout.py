@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from score_vllm.budget import num_retained_tokens
-from score_vllm.train.objective.advantage import group_advantage, split_advantage
+from score_vllm.train.objective.advantage import group_advantage, leave_one_out_advantage, split_advantage
 from score_vllm.train.objective.loss import bernoulli_log_probability, plackett_luce_log_probability
 from score_vllm.train.objective.reward import performance_reward, sparsity
 
@@ -41,11 +41,11 @@ class Rollouts:
             return bernoulli_log_probability(logits, self.masks)
         return plackett_luce_log_probability(logits, self.orders)
 
-    def advantage(self, ce: torch.Tensor, ce_base: float, tau: float) -> torch.Tensor:
-        """[K] float32 from ``ce`` [K]: the paper's (eq. 5-7), or the group's own where budgets are equal."""
+    def advantage(self, ce: torch.Tensor, ce_base: float, tau: float, leave_one_out: bool = False) -> torch.Tensor:
+        """[K] float32 from ``ce`` [K]: the paper's (eq. 5-7), or where budgets are equal, one of the group's own."""
         if self.orders is None:
             return split_advantage(performance_reward(ce, ce_base, tau), sparsity(self.masks))
-        return group_advantage(ce)
+        return leave_one_out_advantage(ce) if leave_one_out else group_advantage(ce)
 
 
 def noise_generator(seed: int, stage: str, slot: int) -> torch.Generator:
@@ -78,8 +78,16 @@ def sample_bernoulli(logits: torch.Tensor, group_size: int, generator: torch.Gen
     return Rollouts(noise < torch.sigmoid(logits.detach()))
 
 
-def draw_ratio(low: float, high: float, generator: torch.Generator) -> float:
+def draw_ratio(
+    low: float, high: float, generator: torch.Generator, uniform_from: float = 1.0, uniform_share: float = 0.0
+) -> float:
     """A retention ratio, log-uniform in [low, high]; one number of ``generator`` is used.
+
+    Args:
+        low, high: bounds.
+        generator: on the CPU.
+        uniform_from: lower bound of the ratios that are drawn uniformly instead, up to ``high``.
+        uniform_share: probability of these.
 
     Raises:
         ValueError: not 0 < low <= high <= 1.
@@ -87,6 +95,9 @@ def draw_ratio(low: float, high: float, generator: torch.Generator) -> float:
     if not 0 < low <= high <= 1:
         raise ValueError(f"ratios must be 0 < low <= high <= 1, got {low!r} and {high!r}")
     position = float(torch.rand((), generator=generator, dtype=torch.float64))
+    if position < uniform_share:
+        return min(high, uniform_from + position / uniform_share * (high - uniform_from))
+    position = (position - uniform_share) / (1 - uniform_share)
     return min(high, max(low, math.exp(math.log(low) + position * (math.log(high) - math.log(low)))))
 
 
