@@ -156,11 +156,15 @@ def _number(text: str) -> int:
 
 
 def _describe(stage: StageSettings, seed: int) -> str:
-    """What a stage's samples depend on: their sources, with size and time of the data files, and the mixing seed."""
+    """What a stage's samples depend on: their sources, with size and time of the data files, and the seed that mixes
+    several."""
     stamps = []
     for source in stage.sources:
         path = Path(source.path) if isinstance(source, FileConfig) else None
         stat = path.stat() if path is not None and path.exists() else None
         stamps.append([stat.st_size, stat.st_mtime_ns] if stat else None)
-    text = json.dumps([[s.model_dump(mode="json") for s in stage.sources], stamps, seed], sort_keys=True)
+    text = json.dumps(
+        [[s.model_dump(mode="json") for s in stage.sources], stamps, seed if len(stage.sources) > 1 else 0],
+        sort_keys=True,
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from score_vllm.train.objective.advantage import group_advantage, split_advantage
+from score_vllm.train.objective.advantage import group_advantage, leave_one_out_advantage, split_advantage
 from score_vllm.train.objective.loss import (
     bernoulli_entropy,
     bernoulli_log_probability,
@@ -72,6 +72,12 @@ def test_group_advantage_by_hand() -> None:
     close(group_advantage(torch.tensor([1.0, 2.0, 3.0]), epsilon=1e-9), [1.224745, 0.0, -1.224745])
     close(group_advantage(torch.full((4,), 0.7)), [0.0] * 4)
     close(group_advantage(torch.tensor([5.0])), [0.0])
+
+
+def test_leave_one_out_advantage_by_hand() -> None:
+    # Means of the others: 2.5, 2, 1.5.
+    close(leave_one_out_advantage(torch.tensor([1.0, 2.0, 3.0])), [1.5, 0.0, -1.5])
+    close(leave_one_out_advantage(torch.tensor([5.0])), [0.0])
 
 
 def test_bernoulli_log_probability_by_hand() -> None:
@@ -170,6 +176,17 @@ def test_ratios_are_log_uniform() -> None:
     assert abs(float((drawn < halfway).float().mean()) - 0.5) < 0.03
 
 
+def test_a_share_of_the_ratios_is_uniform_above() -> None:
+    drawn = torch.tensor([draw_ratio(0.06, 0.5, noise_generator(0, "s", i), 0.3, 0.5) for i in range(4000)])
+    assert drawn.min() >= 0.06
+    assert drawn.max() <= 0.5
+    above = math.log(0.5 / 0.3) / math.log(0.5 / 0.06)  # of the log-uniform ones
+    assert abs(float((drawn > 0.3).float().mean()) - 0.5 * (1 + above)) < 0.03
+    assert 0.385 < float(drawn[drawn > 0.3].mean()) < 0.405
+    plain = [draw_ratio(0.06, 0.5, noise_generator(0, "s", i)) for i in range(50)]
+    assert plain == [draw_ratio(0.06, 0.5, noise_generator(0, "s", i), 0.3, 0.0) for i in range(50)]
+
+
 @pytest.mark.parametrize("budget", [1, 10, 25, 1000])
 def test_micro_batches_keep_the_budget(budget: int) -> None:
     lengths = [3, 9, 4, 10, 1, 7, 7]
@@ -189,6 +206,7 @@ def test_micro_batches_keep_the_budget(budget: int) -> None:
         lambda: sparsity(torch.ones(2, 2)),
         lambda: split_advantage(torch.ones(2), torch.ones(3)),
         lambda: group_advantage(torch.ones(0)),
+        lambda: leave_one_out_advantage(torch.ones(2, 2)),
         lambda: bernoulli_log_probability(torch.ones(2), torch.ones(1, 3, dtype=torch.bool)),
         lambda: plackett_luce_log_probability(torch.ones(2), torch.zeros(1, 3, dtype=torch.int64)),
         lambda: policy_loss(torch.ones(2), torch.ones(3)),
