@@ -149,7 +149,7 @@ def dense_step(policy: RetentionPolicy, engine: Engine, item: CachedSample) -> S
     if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):
         return _problem(parameters, f"{encoded.key}: the loss {float(loss.detach())} or its gradient is not finite")
     found = {
-        "loss": loss,
+        "loss": loss.detach(),
         "ce": item.ce_base,
         "ce_base": item.ce_base,
         "entropy": choice_entropy(logits.detach()),
