@@ -43,12 +43,12 @@ class WorldConfig(AnySource):
 
     Attributes:
         split: any name that the world accepts; empty for its default.
-        questions: of ``world``: kinds of questions, one of which per clip is asked in place of its caption.
+        asks: of ``world``: kinds of questions, one of which per clip is asked in place of its caption.
     """
 
     kind: Literal["world", "world-pseudo"]
     split: str = ""
-    questions: tuple[Literal["colour", "shape", "direction", "place", "count", "flash", "order"], ...] = Field(
+    asks: tuple[Literal["colour", "shape", "direction", "place", "count", "flash", "order"], ...] = Field(
         default=(), strict=False
     )
 

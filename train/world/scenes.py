@@ -259,12 +259,12 @@ class WorldSource:
     Attributes:
         split: any name; ``held_out`` is the evaluation's and is refused.
         size: number of clips.
-        questions: kinds of questions, one of which per clip is asked in place of its caption.
+        asks: kinds of questions, one of which per clip is asked in place of its caption.
     """
 
     split: str = "policy"
     size: int = 10_000
-    questions: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.split == "held_out":
@@ -285,7 +285,7 @@ class WorldSource:
         """Prompt and caption of a clip, or question and answer, without drawing it."""
         scene, asked = make_clip(self.split, index)
         for question in asked:
-            if question.kind in self.questions:
+            if question.kind in self.asks:
                 return question.text, question.answer
         return CAPTION_PROMPTS[0], caption(scene)
 
