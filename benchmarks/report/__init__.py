@@ -68,9 +68,17 @@ def link(file: str) -> str:
 
 def load_blocks() -> dict[str, Block]:
     """Every block by the name of its markers."""
-    from benchmarks.report import accuracy, prefill, serving, soak, speed, summary
+    from benchmarks.report import accuracy, leaderboard, prefill, serving, soak, speed, summary
 
-    return accuracy.BLOCKS | prefill.BLOCKS | speed.BLOCKS | serving.BLOCKS | soak.BLOCKS | summary.BLOCKS
+    return (
+        accuracy.BLOCKS
+        | leaderboard.BLOCKS
+        | prefill.BLOCKS
+        | speed.BLOCKS
+        | serving.BLOCKS
+        | soak.BLOCKS
+        | summary.BLOCKS
+    )
 
 
 def file_digest(path: Path) -> str:

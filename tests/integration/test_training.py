@@ -323,6 +323,10 @@ device = "cpu"
 group_size = 4
 [tracking]
 progress = false
+[report]
+clips = 2
+pictures = 1
+questions = 1
 [stage.warmup]
 steps = 2
 tau = 1.01
@@ -339,7 +343,7 @@ limit = 4
 
 
 def test_command_line_trains_a_policy_for_a_real_model(
-    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "c.toml"
     config.write_text(CLI.format(output=tmp_path / "run", model=tiny_model))
@@ -355,10 +359,41 @@ def test_command_line_trains_a_policy_for_a_real_model(
     fresh = RetentionPolicy(policy.config.hidden_size)
     assert not torch.equal(policy.w_in, fresh.w_in)
     assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
+    page = tmp_path / "run" / "report.html"
+    assert "measured 2 clips, cross-entropy with all tokens" in capsys.readouterr().out
+    said = page.read_text()
+    assert "2 questions" in said
+    assert "world:report:" in said
+    assert policy.digest() in said
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no room on the disk")
+
+    page.unlink()
+    monkeypatch.setattr("score_vllm.train.__main__.write_report", fail)
     assert main(["--config", str(config), "--set", "stage.main.steps=2", "--resume"]) == 0
+    monkeypatch.undo()
+    assert RetentionPolicy.from_pretrained(tmp_path / "run" / "policy").config.provenance["steps"] == 4, "is not lost"
+    assert not page.exists()
     assert log_of(tmp_path / "run")[-1]["step"] == 4
     assert main(["--config", str(config)]) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_training_that_stops_itself_is_reported(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(CLI.format(output=tmp_path / "run", model=tiny_model))
+
+    def collapse(*_: Any, **__: Any) -> None:
+        raise TrainingStoppedError("the policy has collapsed: on purpose")
+
+    monkeypatch.setattr("score_vllm.train.trainer.CollapseWatch.check", collapse)
+    assert main(["--config", str(config), "--set", "tracking.tracker=none"]) == 1
+    said = (tmp_path / "run" / "report.html").read_text()
+    assert "the policy has collapsed: on purpose" in said
+    assert "Learning rate" in said
 
 
 @pytest.mark.parametrize(
@@ -421,6 +456,7 @@ def test_a_real_model_over_two_processes(tmp_path: Path, tiny_model: Path, shard
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+    assert "Beside the baselines" in (tmp_path / "two" / "report.html").read_text()
     losses = [[s["ce"] for s in log_of(tmp_path / n) if s["event"] == "step"] for n in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 

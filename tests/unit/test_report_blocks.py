@@ -142,3 +142,38 @@ def test_pictures_carry_what_they_were_drawn_from(tmp_path: Path, name: str, doc
     assert height > 200
     (tmp_path / "x.png").write_bytes(data)
     assert picture_source(tmp_path / "x.png") == "0" * 64
+
+
+def world_document() -> dict[str, Any]:
+    def row(name: str, ratio: float, accuracy: float, seeds: int = 0) -> dict[str, Any]:
+        more = {"spread": 0.01 if seeds else None, "seeds": {str(n): accuracy for n in range(seeds)}}
+        return {
+            "method": name,
+            "retention_ratio": ratio,
+            "achieved_ratio": ratio,
+            "accuracy": accuracy,
+            "kinds": {"count": accuracy - 0.1, "shape": accuracy},
+            **more,
+        }
+
+    rows = [row("vanilla", 1.0, 0.9), row("random", 0.4, 0.8), row("score", 0.4, 0.85, 2), row("late", 0.4, 0.7)]
+    rows += [row("random", 0.1, 0.5), row("score", 0.1, 0.84, 2), row("late", 0.1, 0.6)]
+    made = {"commit": "abc", "uncommitted_changes": False, "time": "2026-01-02T03:04:05Z"}
+    later = {"commit": "def", "uncommitted_changes": True, "time": "2026-02-03T03:04:05Z"}
+    added = [{"methods": ["late"], "environment": later}]
+    return {"environment": made, "questions": 100, "clips": 10, "added": added, "rows": rows}
+
+
+def test_leaderboard_ranks_by_the_tenth_and_says_when_each_row_was_made() -> None:
+    text = BLOCKS["leaderboard"].render({"accuracy_world.json": world_document(), "accuracy_videomme_x.json": {}})
+    first, second = text.split("(100 questions")
+    assert cells(first) == [
+        ["", "all tokens", "", "90.0", "90.0", "abc", "2026-01-02"],
+        ["1", "score", "trained, 2 seeds", "85.0 ± 1.0", "84.0 ± 1.0", "abc", "2026-01-02"],
+        ["2", "late", "", "70.0", "60.0", "def*", "2026-02-03"],
+        ["3", "random", "", "80.0", "50.0", "abc", "2026-01-02"],
+    ]
+    assert "standard error of 3.0 points" in second
+    kinds = [["all tokens", "80.0", "90.0"], ["score", "74.0", "84.0"], ["late", "50.0", "60.0"]]
+    assert cells(second) == [*kinds, ["random", "40.0", "50.0"]]
+    assert second.endswith("### Real footage\n\n*Not measured yet.*")

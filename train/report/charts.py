@@ -9,7 +9,7 @@ from html import escape
 
 # In units of the drawing, which is as wide as its place on the page.
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 10, 34
 MOST_POINTS = 160
 
 

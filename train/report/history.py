@@ -21,7 +21,8 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str, str, bool], ...]], ...] = (
     ("Share kept in rollouts", (("sparsity", "kept", "c1", True),)),
     ("Rollouts within tau of all tokens", (("safe_share", "share", "c1", False),)),
     ("Spread of cross-entropy within a group", (("ce_spread", "standard deviation", "c1", False),)),
-    ("Entropy of the choice", (("entropy", "entropy", "c1", False),)),
+    ("Entropy of the first pick, share of the largest", (("choice_entropy", "entropy", "c1", False),)),
+    ("Entropy of the decisions", (("entropy", "entropy", "c1", False),)),
     ("Spread of the logits", (("logit_spread", "standard deviation", "c1", False),)),
     ("Learning rate", (("lr", "learning rate", "c1", False),)),
 )

@@ -34,12 +34,14 @@ Key = tuple[str, float]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A drawn clip: its name, what was asked and expected, and pictures (WebP as data URIs) by theme."""
+    """A drawn clip: its name, what was asked and expected, and pictures (WebP as data URIs) by theme, with their width
+    in pixels."""
 
     name: str
     prompt: str
     target: str
     pictures: dict[str, str]
+    width: int
 
 
 @dataclass
@@ -122,10 +124,10 @@ def measure(
 def _sheet(clip: ReportClip, made: dict[Key, TokenSelection]) -> Sheet:
     names = {"score": "policy"}
     shown = {f"{names.get(method, method)}, {ratio:.0%}": made[method, ratio] for method, ratio in DRAWN}
-    pictures = {}
+    pictures, width = {}, 0
     for name, theme in THEMES.items():
         drawn = contact_sheet(clip.sample.frames, clip.encoded.grid, shown, cell_width=160, theme=theme)
-        buffer = io.BytesIO()
+        buffer, width = io.BytesIO(), drawn.shape[1]
         Image.fromarray(drawn).save(buffer, "WEBP", quality=QUALITY)
         pictures[name] = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Sheet(clip.sample.key, clip.sample.prompt, clip.sample.target, pictures)
+    return Sheet(clip.sample.key, clip.sample.prompt, clip.sample.target, pictures, width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -69,7 +68,7 @@ def verdicts(findings: Findings) -> list[str]:
         clear = error is not None and abs(mean) > CLEAR * error
         word = ("behind" if mean > 0 else "ahead of") if clear else "level with"
         said.append(
-            f"At {ratio:.0%}: {_mean(mine):.3f} nats per token, {word} the best baseline here, {best} "
+            f"At {percent(ratio)}: {_mean(mine):.3f} nats per token, {word} the best baseline here, {best} "
             f"({_signed(mean, error)}); all tokens {_mean(findings.cross_entropy[ALL]):.3f}."
         )
     return said
@@ -87,7 +86,7 @@ def summary(findings: Findings) -> list[str]:
     clips = f"{findings.clips} clips{' that training saw, too' if findings.seen else ''}"
     lines = [f"measured {clips}, cross-entropy with all tokens {_mean(findings.cross_entropy[ALL]):.3f}"]
     for method in METHODS:
-        cells = (f"{ratio:.0%}: {_mean(findings.cross_entropy[method, ratio]):.3f}" for ratio in RATIOS)
+        cells = (f"{percent(ratio)}: {_mean(findings.cross_entropy[method, ratio]):.3f}" for ratio in RATIOS)
         lines.append(f"         {NAMES.get(method, method):<11} {', '.join(cells)}")
     return lines
 
@@ -116,15 +115,24 @@ def _against(findings: Findings) -> str:
     source = (
         "clips that training used, too: too good for new ones" if findings.seen else "clips that training did not use"
     )
-    about = f"{findings.clips} {source}; one draw, so that small differences mean nothing"
+    about = f"{findings.clips} {source}"
     charts = [_ratios("Cross-entropy, nats per target token", findings.cross_entropy)]
-    tables = [_numbers(findings.cross_entropy, 1.0, 3, "cross-entropy, and the policy's minus this")]
+    tables = [
+        _numbers(
+            findings.cross_entropy,
+            1.0,
+            3,
+            "Cross-entropy (in brackets the policy's minus this: below 0 the policy is better)",
+        )
+    ]
     if findings.accuracy:
         charts.append(_ratios("Questions answered exactly right", findings.accuracy, share=True))
         about += f"; {findings.questions} questions"
-        tables.append(_numbers(findings.accuracy, 100.0, 1, "right answers in %, and the policy's minus this"))
+        tables.append(_numbers(findings.accuracy, 100.0, 1, "Right answers, % (in brackets the policy's minus this)"))
     sentences = "".join(f"<li>{escape(text)}</li>" for text in verdicts(findings))
-    note = f"{about}. ± is the standard error over clips. Measured in {findings.seconds:.0f} s."
+    note = (
+        f"{about}. ± is the standard error over clips alone; random is one draw. Measured in {findings.seconds:.0f} s."
+    )
     return f"<ul>{sentences}</ul>{_grid(charts)}{''.join(tables)}<p>{escape(note)}</p>"
 
 
@@ -135,7 +143,8 @@ def _ratios(title: str, values: Mapping[Key, list[float]], share: bool = False) 
         return Line(label, points, colour, dashed, dots=not dashed)
 
     lines = [line(NAMES.get(m, m), [(m, r) for r in RATIOS], COLOURS[m]) for m in reversed(METHODS)]
-    for key, colour in ((ALL, "c0"), (NONE, "c5")):
+    # Without any token the loss is so far off that the methods would lie on one line.
+    for key, colour in ((ALL, "c0"), (NONE, "c5"))[: 2 if share else 1]:
         level = _mean(values[key])
         if math.isfinite(level):
             lines.append(Line(key[0], [(min(RATIOS), level), (max(RATIOS), level)], colour, dashed=True))
@@ -155,7 +164,7 @@ def _numbers(values: Mapping[Key, list[float]], factor: float, digits: int, titl
             cells.append(text)
         rows.append([NAMES.get(method, method), *cells])
     both = f"all tokens {factor * _mean(values[ALL]):.{digits}f}, none {factor * _mean(values[NONE]):.{digits}f}"
-    return f"<h3>{escape(title)}; {both}</h3>" + _table(["", *(f"{r:.0%} kept" for r in RATIOS)], rows)
+    return f"<h3>{escape(title)}; {both}</h3>" + _table(["", *(f"{percent(r)} kept" for r in RATIOS)], rows)
 
 
 def _keeps(findings: Findings) -> str:
@@ -170,7 +179,7 @@ def _keeps(findings: Findings) -> str:
         if m != "random"
     ]
     over_time = chart(
-        f"Share of each cell that is kept, at {OVER_TIME:.0%} in all",
+        f"Share of each cell that is kept, at {percent(OVER_TIME)} in all",
         lines,
         "place in the clip, from its begin to its end",
         write_x=percent,
@@ -182,7 +191,8 @@ def _keeps(findings: Findings) -> str:
 
 def _drawn(sheet: Sheet) -> str:
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{sheet.pictures["dark"]}">'
-    image = f'<img alt="kept tokens of {escape(sheet.name, True)}" src="{sheet.pictures["light"]}">'
+    size = f'width="{sheet.width}"'
+    image = f'<img alt="kept tokens of {escape(sheet.name)}" {size} src="{sheet.pictures["light"]}">'
     words = f"<b>{escape(_cut(sheet.prompt))}</b> {escape(_cut(sheet.target))}"
     picture = f'<div class="wide"><picture>{dark}{image}</picture></div>'
     return f"<figure><h3>{escape(sheet.name)}</h3>{picture}<figcaption>{words}</figcaption></figure>"
@@ -216,8 +226,3 @@ def _signed(mean: float, error: float | None, digits: int = 3) -> str:
 def _cut(text: str) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= LONGEST_TEXT else flat[: LONGEST_TEXT - 1] + "…"
-
-
-def made_at() -> str:
-    """Now, in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
