@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from score_vllm.config import FIRST_ARCHITECTURE, PolicyConfig, default_policy_width
+from score_vllm.coverage import even_tokens
 from score_vllm.kernels import ops, reference
+from score_vllm.types import VideoGrid
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "policy.safetensors"
@@ -36,6 +38,7 @@ class RetentionPolicy(torch.nn.Module):
         architecture: vLLM's name of that model's architecture; serving refuses the policy elsewhere.
         seed: initialises the weights, independent of the global random state.
         ratio_input: the hidden bias is a function of the retention ratio (not in the paper).
+        ranked_share: of a video's tokens, see :class:`~score_vllm.config.PolicyConfig`.
 
     Raises:
         ValueError: a size is below 1, or the probability is not in (0, 1).
@@ -52,6 +55,7 @@ class RetentionPolicy(torch.nn.Module):
         architecture: str = "",
         seed: int = 0,
         ratio_input: bool = False,
+        ranked_share: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0.0 < initial_keep_probability < 1.0:
@@ -64,6 +68,7 @@ class RetentionPolicy(torch.nn.Module):
             architecture=architecture,
             use_residual=use_residual,
             ratio_input=ratio_input,
+            ranked_share=ranked_share,
         )
         inputs = hidden_size * (2 if use_residual else 1)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -106,6 +111,19 @@ class RetentionPolicy(torch.nn.Module):
             b_in = b_in + self.w_ratio * math.log(ratio / MIDDLE_RATIO)
         return self.w_in, b_in, self.w_out, self.b_out
 
+    def spread(self, grid: VideoGrid, num_retained: int) -> torch.Tensor | None:
+        """Tokens that are kept whatever their logits: an even spread of what the budget has beyond ``ranked_share``.
+
+        Args:
+            grid: of the video.
+            num_retained: K, the budget.
+
+        Returns:
+            [E < K] int64 flat indices, ascending, on the CPU; None where the logits choose all K.
+        """
+        count = num_retained - max(1, int(self.config.ranked_share * grid.num_tokens))
+        return even_tokens(grid, count) if count > 0 else None
+
     @property
     def hidden_size(self) -> int:
         """D."""
@@ -134,7 +152,8 @@ class RetentionPolicy(torch.nn.Module):
 
     def digest(self) -> str:
         """Hex digest of the configuration that changes scores and of every weight, for cache keys."""
-        digest = hashlib.sha256(f"{self.config.method}:{self.config.use_residual}".encode())
+        share = "" if self.config.ranked_share == 1 else f":{self.config.ranked_share}"
+        digest = hashlib.sha256(f"{self.config.method}:{self.config.use_residual}{share}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
@@ -206,7 +225,11 @@ class RetentionPolicy(torch.nn.Module):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{directory / WEIGHTS_NAME} is not a complete safetensors file: {error}") from error
         policy = cls(
-            config.hidden_size, config.policy_width, use_residual=config.use_residual, ratio_input=config.ratio_input
+            config.hidden_size,
+            config.policy_width,
+            use_residual=config.use_residual,
+            ratio_input=config.ratio_input,
+            ranked_share=config.ranked_share,
         )
         expected = {name: tuple(p.shape) for name, p in policy.state_dict().items()}
         found = {name: tuple(w.shape) for name, w in weights.items()}

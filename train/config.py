@@ -53,6 +53,8 @@ class PolicySettings(Settings):
         standardise: samples whose tokens give the mean and scale per channel in which a fresh policy learns (not in the
             paper); folded into its weights when it is saved. 0: none.
         ratio_input: the hidden bias is a function of the retention ratio (not in the paper; ``budget-matched`` only).
+        ranked_share: share of a video's tokens that the policy chooses; the rest of a budget is spread evenly, in
+            serving and in the rollouts of ``budget-matched`` (not in the paper). 1: it chooses all.
     """
 
     width: int = Field(default=0, ge=0, le=65536)
@@ -61,6 +63,7 @@ class PolicySettings(Settings):
     init: str = ""
     standardise: int = Field(default=0, ge=0, le=4096)
     ratio_input: bool = False
+    ranked_share: float = Field(default=1.0, gt=0, le=1)
 
 
 class RolloutSettings(Settings):

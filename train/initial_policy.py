@@ -64,6 +64,7 @@ class StandardisedPolicy(RetentionPolicy):
             self.config.policy_width,
             use_residual=self.config.use_residual,
             ratio_input=self.config.ratio_input,
+            ranked_share=self.config.ranked_share,
         )
         if self.config.ratio_input:
             policy.w_ratio.copy_(self.w_ratio)
@@ -97,6 +98,7 @@ def make_policy(settings: TrainSettings, hidden_size: int, architecture: str) ->
             architecture=architecture,
             seed=settings.seed,
             ratio_input=wanted.ratio_input,
+            ranked_share=wanted.ranked_share,
         )
     if wanted.standardise:
         raise ConfigurationError(
@@ -116,7 +118,7 @@ def make_policy(settings: TrainSettings, hidden_size: int, architecture: str) ->
         raise ConfigurationError(
             f"policy.init {wanted.init!r} is for {policy.config.architecture}, the model is a {architecture}"
         )
-    policy.config = dataclasses.replace(policy.config, architecture=architecture)
+    policy.config = dataclasses.replace(policy.config, architecture=architecture, ranked_share=wanted.ranked_share)
     if policy.config.use_residual != wanted.use_residual:
         raise ConfigurationError(
             f"policy.use_residual must be {policy.config.use_residual}, as in policy.init, got {wanted.use_residual}"

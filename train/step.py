@@ -84,7 +84,8 @@ def sample_step(
     if not bool(torch.isfinite(logits).all()):
         return _problem(parameters, f"{encoded.key}: the policy's logits are not finite: its weights or its inputs are")
     if ratio is not None:
-        rollouts = sample_exact(logits, settings.group_size, ratio, generator)
+        even = policy.spread(encoded.grid, num_retained_tokens(len(logits), ratio))
+        rollouts = sample_exact(logits, settings.group_size, ratio, generator, even)
         entropy = choice_entropy(logits.detach())
     else:
         rollouts = sample_bernoulli(logits, settings.group_size, generator)

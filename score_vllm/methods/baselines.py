@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
+from score_vllm.coverage import even_tokens
 from score_vllm.methods import register
 from score_vllm.methods.common import check_number
 from score_vllm.types import TokenSelection, VideoGrid
-
-# Of 2^32: 1 / p and 1 / p^2 of the plastic number p = 1.3247 for rows and columns, the golden section for cells.
-LATTICE = (3242174889, 2447445413, 2654435769)
 
 
 def _selection(x: torch.Tensor, indices: torch.Tensor) -> TokenSelection:
@@ -24,8 +22,7 @@ def _selection(x: torch.Tensor, indices: torch.Tensor) -> TokenSelection:
 
 @register("uniform")
 def uniform(x: torch.Tensor, num_retained: int, *, grid: VideoGrid | None = None, **_: Any) -> TokenSelection:
-    """Tokens spread evenly over time and space: cells keep equally many, to one token, each of them a part of a lattice
-    (Kronecker's, with the 2-D plastic number) that shifts from cell to cell, so that no row or column is preferred.
+    """Tokens spread evenly over time and space, see :func:`~score_vllm.coverage.even_tokens`.
 
     Args:
         x: [T, N, D].
@@ -36,15 +33,7 @@ def uniform(x: torch.Tensor, num_retained: int, *, grid: VideoGrid | None = None
         The selection; scores are 1 for kept tokens and 0 for the rest.
     """
     frames, per_frame = x.shape[:2]
-    places = torch.arange(per_frame)
-    columns = per_frame if grid is None else grid.w
-    # Fractions of 2^32 in whole numbers: the same order on every device.
-    key = places // columns * LATTICE[0] + places % columns * LATTICE[1]
-    key = (key + torch.arange(frames)[:, None] * LATTICE[2]) % 2**32
-    rank = key.argsort(dim=1, stable=True).argsort(dim=1)
-    bounds = (2 * torch.arange(frames + 1) * num_retained + frames) // (2 * frames)
-    dropped = (rank >= bounds.diff()[:, None]).flatten()
-    return _selection(x, dropped.byte().argsort(stable=True)[:num_retained])
+    return _selection(x, even_tokens(grid or VideoGrid(frames, 1, per_frame), num_retained))
 
 
 @register("random")

@@ -17,7 +17,7 @@ MOUNTED = [name for name in ("kernels", "server", "train") if (ROOT / name).is_d
 ROOMS = [
     {"architectures", "budget", "client", "compatibility", "types", "config", "layout", "near_miss", "video"},
     {"kernels"},
-    {"policy", "positions"},
+    {"coverage", "policy", "positions"},
     {"methods", "select", "demo", "vision", "catalog", "plan", "plan_cli"},
     {"viz"},
     {"models"},

@@ -26,10 +26,12 @@ class Rollouts:
     Attributes:
         masks: [K, T * N] bool, True where a token is kept.
         orders: [K, k] int64 in the order of drawing for exact-k rollouts; None for independent decisions.
+        drawn_from: [C] int64, flat indices that ``orders`` counts in; None: all tokens.
     """
 
     masks: torch.Tensor
     orders: torch.Tensor | None = None
+    drawn_from: torch.Tensor | None = None
 
     def kept(self) -> list[torch.Tensor]:
         """K ascending int64 index tensors on the CPU; one may be empty."""
@@ -39,7 +41,9 @@ class Rollouts:
         """[K] float32, differentiable in ``logits`` [T * N]; see :mod:`score_vllm.train.objective.loss`."""
         if self.orders is None:
             return bernoulli_log_probability(logits, self.masks)
-        return plackett_luce_log_probability(logits, self.orders)
+        return plackett_luce_log_probability(
+            logits if self.drawn_from is None else logits[self.drawn_from], self.orders
+        )
 
     def advantage(self, ce: torch.Tensor, ce_base: float, tau: float, leave_one_out: bool = False) -> torch.Tensor:
         """[K] float32 from ``ce`` [K]: the paper's (eq. 5-7), or where budgets are equal, one of the group's own."""
@@ -101,7 +105,9 @@ def draw_ratio(
     return min(high, max(low, math.exp(math.log(low) + position * (math.log(high) - math.log(low)))))
 
 
-def sample_exact(logits: torch.Tensor, group_size: int, ratio: float, generator: torch.Generator) -> Rollouts:
+def sample_exact(
+    logits: torch.Tensor, group_size: int, ratio: float, generator: torch.Generator, even: torch.Tensor | None = None
+) -> Rollouts:
     """K subsets of exactly k = floor(ratio * T * N) tokens, by Gumbel top-k: what serving keeps, with noise.
 
     Args:
@@ -109,6 +115,7 @@ def sample_exact(logits: torch.Tensor, group_size: int, ratio: float, generator:
         group_size: K.
         ratio: retention ratio in (0, 1].
         generator: on the CPU.
+        even: [E < k] int64 flat indices that every subset has; only the others are drawn. None: none.
 
     Returns:
         The rollouts, on the device of ``logits``.
@@ -118,9 +125,15 @@ def sample_exact(logits: torch.Tensor, group_size: int, ratio: float, generator:
     # -log(-log(u)) with u kept inside (0, 1).
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1.0 - 1e-16)))
     perturbed = logits.detach().double() + gumbel.to(logits.device)
-    orders = perturbed.topk(num_retained_tokens(total, ratio), dim=1).indices
-    masks = torch.zeros(group_size, total, dtype=torch.bool, device=logits.device).scatter_(1, orders, True)
-    return Rollouts(masks, orders)
+    keep = num_retained_tokens(total, ratio)
+    masks = torch.zeros(group_size, total, dtype=torch.bool, device=logits.device)
+    if even is None:
+        orders = perturbed.topk(keep, dim=1).indices
+        return Rollouts(masks.scatter_(1, orders, True), orders)
+    masks[:, even] = True
+    others = (~masks[0]).nonzero().squeeze(1)
+    orders = perturbed[:, others].topk(keep - len(even), dim=1).indices
+    return Rollouts(masks.scatter_(1, others[orders], True), orders, others)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
