@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from score_vllm.budget import num_retained_tokens
 from score_vllm.policy import RetentionPolicy
 from score_vllm.train.config import HIGH_RATIO, RolloutSettings
 from score_vllm.train.frozen.feature_cache import CachedSample
