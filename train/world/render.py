@@ -99,14 +99,15 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
     raise ValueError(f"shape {shape!r} is unknown")
 
 
-@lru_cache(maxsize=len(LETTERS))
-def plate(letter: str) -> np.ndarray:
-    """[PLATE_SIZE, PLATE_SIZE, 3] uint8: a white letter on a black plate."""
+@lru_cache(maxsize=2 * len(LETTERS))
+def plate(letter: str, size: int = PLATE_SIZE) -> np.ndarray:
+    """[size, size, 3] uint8: a white letter on a black plate."""
     bits = np.array([[row >> (4 - column) & 1 for column in range(5)] for row in GLYPHS[letter]], np.uint8)
-    big = bits.repeat(5, axis=0).repeat(5, axis=1) * 235
-    out = np.full((PLATE_SIZE, PLATE_SIZE, 3), 10, np.uint8)
-    top, left = (PLATE_SIZE - 35) // 2, (PLATE_SIZE - 25) // 2
-    out[top : top + 35, left : left + 25] += big[..., None]
+    dot = size // 8
+    big = bits.repeat(dot, axis=0).repeat(dot, axis=1) * 235
+    out = np.full((size, size, 3), 10, np.uint8)
+    top, left = (size - 7 * dot) // 2, (size - 5 * dot) // 2
+    out[top : top + 7 * dot, left : left + 5 * dot] += big[..., None]
     return out
 
 

@@ -137,7 +137,7 @@ def make_scene(rng: np.random.Generator, num_frames: int = NUM_FRAMES) -> Scene:
     for i in range(wanted):
         for _ in range(12):
             thing = _random_thing(rng, str(shapes[i]), str(colours[i]), num_frames)
-            if _claim(taken, thing.start, thing.stop, _boxes(thing)):
+            if claim(taken, thing.start, thing.stop, _boxes(thing)):
                 things.append(thing)
                 break
     flashes: list[Flash] = []
@@ -150,7 +150,7 @@ def make_scene(rng: np.random.Generator, num_frames: int = NUM_FRAMES) -> Scene:
         for _ in range(12):
             x, y = (int(v) for v in rng.integers(0, FRAME_SIZE - PLATE_SIZE, 2))
             box = np.tile([[x, y, x + PLATE_SIZE, y + PLATE_SIZE]], (length, 1))
-            if _claim(taken, start, start + length, box):
+            if claim(taken, start, start + length, box):
                 flashes.append(Flash(str(letters[i]), start, start + length, x, y))
                 break
     cuts = np.sort(rng.choice(np.arange(3, num_frames - 2), size=int(rng.choice([0, 0, 1, 1, 2])), replace=False))
@@ -178,7 +178,7 @@ def make_pseudo_scene(rng: np.random.Generator) -> Scene:
             for _ in range(12):
                 x, y = (float(v) for v in rng.integers(0, FRAME_SIZE - size, 2))
                 thing = Thing(str(shapes[i]), str(colours[i]), "still", size, frame, stop, x, y, 0.0)
-                if _claim(taken, frame, stop, _boxes(thing)):
+                if claim(taken, frame, stop, _boxes(thing)):
                     still.append(thing)
                     break
         still.sort(key=lambda t: SHAPES.index(t.shape))
@@ -353,7 +353,7 @@ def _boxes(thing: Thing) -> np.ndarray:
     return np.concatenate([corners, corners + thing.size], axis=1)
 
 
-def _claim(taken: list[tuple[int, int, np.ndarray]], start: int, stop: int, boxes: np.ndarray) -> bool:
+def claim(taken: list[tuple[int, int, np.ndarray]], start: int, stop: int, boxes: np.ndarray) -> bool:
     """Reserve boxes [frames, 4] unless one of them comes too close to a reserved one in the same frame."""
     for other_start, other_stop, other in taken:
         first, last = max(start, other_start), min(stop, other_stop)
