@@ -22,6 +22,7 @@ from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.stopping import TrainingStoppedError
 from score_vllm.train.tracking import check_tracker
 from score_vllm.train.trainer import Trainer
+from score_vllm.train.world.reader import FootageVLM, is_reader
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +170,16 @@ def make_accelerator(settings: TrainSettings) -> Any:
     )
 
 
+def engine_class(settings: TrainSettings) -> type[FrozenVLM]:
+    """The kind of engine that the model's directory is for."""
+    return FootageVLM if is_reader(model_path(settings)) else FrozenVLM
+
+
 def make_engine(settings: TrainSettings, accelerator: Any) -> FrozenVLM:
     """The frozen model on this process's device."""
     import torch
 
-    return FrozenVLM.from_pretrained(
+    return engine_class(settings).from_pretrained(
         model_path(settings),
         getattr(torch, settings.model.dtype),
         accelerator.device,
@@ -193,7 +199,7 @@ def check(
     Raises:
         ConfigurationError: ``policy.init`` does not fit; a first sample that is broken is only reported.
     """
-    policy = make_policy(settings, config.get_text_config().hidden_size, config.architectures[0])
+    policy = make_policy(settings, *engine_class(settings).tokens_of(config))
     weights = sum(p.numel() for p in policy.parameters())
     print(f"model    {settings.model.path} ({config.model_type}, {settings.model.dtype})")
     print(f"policy   {policy.config.hidden_size} -> {policy.config.policy_width} -> 1, {weights} weights")

@@ -53,6 +53,19 @@ class WorldConfig(AnySource):
     )
 
 
+class CompositeConfig(AnySource):
+    """Real footage with events pasted on, see :mod:`score_vllm.train.world.composite_source`.
+
+    Attributes:
+        split: any name but those of evaluation; empty for ``policy``.
+        path: folder that ``python -m score_vllm.train.world.footage`` filled.
+    """
+
+    kind: Literal["composite"]
+    split: str = ""
+    path: str = "runs/footage"
+
+
 class FileConfig(AnySource):
     """Data in files.
 
@@ -151,7 +164,7 @@ class JsonlConfig(VideoConfig):
 
 
 SourceConfig = Annotated[
-    WorldConfig | OneVisionConfig | StillsConfig | LlavaVideoConfig | KoalaConfig | JsonlConfig,
+    WorldConfig | CompositeConfig | OneVisionConfig | StillsConfig | LlavaVideoConfig | KoalaConfig | JsonlConfig,
     Field(discriminator="kind"),
 ]
 _CLASSES = typing.get_args(typing.get_args(SourceConfig)[0])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from score_vllm.train.data.config import (
+    CompositeConfig,
     KoalaConfig,
     LlavaVideoConfig,
     OneVisionConfig,
@@ -46,6 +47,10 @@ def open_source(spec: SourceConfig, merge: int = MERGE) -> SampleSource:
     """
     if isinstance(spec, WorldConfig):
         return _open_world(spec)
+    if isinstance(spec, CompositeConfig):
+        from score_vllm.train.world.composite_source import CompositeSource
+
+        return CompositeSource.for_training(spec.split or "policy", spec.limit or 10_000, spec.path)
     if isinstance(spec, OneVisionConfig):
         if importlib.util.find_spec("pyarrow") is None:
             raise MissingError("source of kind 'onevision-pseudo' needs pyarrow: pip install score-vllm[train]")

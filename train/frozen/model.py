@@ -118,6 +118,8 @@ class FrozenVLM:
         max_rollout_tokens: most tokens (padding included) that run through the language model at once. One
             sequence longer than this runs alone.
         sharded: the layers are spread over processes, which then run forward passes together.
+        tower: of another encoder than the model's own, with ``encode_rows`` and ``layout`` as of
+            :class:`~score_vllm.vision.tower.VisionTower`.
 
     Attributes:
         hidden_size: D.
@@ -137,6 +139,7 @@ class FrozenVLM:
         *,
         max_rollout_tokens: int = DEFAULT_MAX_ROLLOUT_TOKENS,
         sharded: bool = False,
+        tower: Any = None,
     ) -> None:
         from transformers import AutoProcessor
 
@@ -146,7 +149,7 @@ class FrozenVLM:
         self.model = model.eval().requires_grad_(False)
         embedding = model.get_input_embeddings().weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self._tower = VisionTower(path, str(self.device), self.dtype, loaded=model)
+        self._tower = tower or VisionTower(path, str(self.device), self.dtype, loaded=model)
         self.hidden_size: int = self._tower.hidden_size
         self.max_rollout_tokens = max_rollout_tokens
         self._lockstep = Lockstep(self.device, self._empty_pass) if sharded else None
@@ -215,6 +218,11 @@ class FrozenVLM:
                 f"model.path {str(path)!r} is a {config.model_type}; training supports {', '.join(TRAINABLE)}"
             )
         return config
+
+    @classmethod
+    def tokens_of(cls, config: Any) -> tuple[int, str]:
+        """Width of the visual tokens, and the name of the model that policies for them carry, by its configuration."""
+        return int(config.get_text_config().hidden_size), str(config.architectures[0])
 
     def render(self, prompt: str) -> tuple[str, str]:
         """The server's rendering of "video, then this text", split at the video.
@@ -361,7 +369,7 @@ class FrozenVLM:
         embed, layout = self.model.get_input_embeddings(), encoded.layout
         first = encoded.prefix.shape[0]
         after = torch.cat([encoded.suffix, encoded.target[:-1]])
-        x = encoded.x.to(self.device, self.dtype).reshape(encoded.num_tokens, -1)
+        x = self.project(encoded.x.to(self.device, self.dtype).reshape(encoded.num_tokens, -1), encoded.grid)
         vision = first + torch.from_numpy(layout.vision()[:, 0]).to(self.device)
         # One padding token at the end; vision slots are overwritten.
         span = torch.zeros(layout.structure_tokens + encoded.num_tokens, dtype=torch.int64)
@@ -378,6 +386,10 @@ class FrozenVLM:
             levels[:, vision] = flat.transpose(0, 1)
         positions, _ = prompt_positions(rows.shape[0], [VisualSpan.unpruned(first, layout)])
         return rows, torch.from_numpy(positions).to(self.device), levels
+
+    def project(self, x: torch.Tensor, grid: VideoGrid) -> torch.Tensor:
+        """Rows of the language model [T * N, W] from a whole video's tokens [T * N, D]: they are these already."""
+        return x
 
     def _over_target(self, hidden: torch.Tensor, target: torch.Tensor, measure: PerToken) -> torch.Tensor:
         """[B] mean over ``target`` [M] from ``hidden`` [B, M, D]; a bounded number of logits at a time."""

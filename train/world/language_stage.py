@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,35 +18,43 @@ import torch
 from tqdm import tqdm
 
 from score_vllm.layout import grid_layout
-from score_vllm.train.world.equal_windows import batch_equal_windows
 from score_vllm.train.world.question_blocks import Block, PackedBatch, block_logits, blocks_right, pack_blocks
-from score_vllm.train.world.render import render
-from score_vllm.train.world.scenes import (
-    CAPTION_PROMPTS,
-    FPS,
-    Question,
-    Scene,
-    caption,
-    clip_rng,
-    make_pseudo_scene,
-    make_scene,
-    questions,
-)
-from score_vllm.train.world.vision_stage import GRID, TOKEN, pixel_rows, through_codec
+from score_vllm.train.world.scenes import CAPTION_PROMPTS, FPS, Question
 from score_vllm.types import VideoGrid
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 END = "<|im_end|>"
+# Positions per cell: two frames at FPS, two positions per second.
+T_FACTOR = 2 / FPS * 2
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One encoded clip: x [T*N, D] bfloat16, whether each token shows a thing or flash [T*N] bool, and its scene."""
+    """One encoded clip of any world.
+
+    Attributes:
+        x: [T*N, D], of any dtype.
+        leans: scores in [0, 1], [T*N] each, that subsets of a training step may lean to; the first is whether a token
+            shows a thing or a letter.
+        grid: T, rows, columns.
+        caption: all facts of the clip.
+        ask: from a generator to its questions; a pseudo-video has none.
+    """
 
     x: torch.Tensor
-    shows: torch.Tensor
-    scene: Scene
-    num_cells: int
+    leans: tuple[torch.Tensor, ...]
+    grid: VideoGrid
+    caption: str
+    ask: Callable[[np.random.Generator], list[Question]]
+
+
+# Makes rows of the language model's width out of kept tokens: (rows [B, K, D], indices [B, K], grid) to [B, K, W].
+Project = Callable[[torch.Tensor, torch.Tensor, VideoGrid], torch.Tensor]
+
+
+def as_they_are(rows: torch.Tensor, indices: torch.Tensor, grid: VideoGrid) -> torch.Tensor:
+    """The projection of a tower that is the language model's own."""
+    return rows
 
 
 class Words:
@@ -67,64 +75,28 @@ class Words:
         return Block(self.ids(f"{question}<|im_end|>\n<|im_start|>assistant\n"), self.ids(f"{answer}{END}"))
 
 
-@torch.inference_mode()
-def encode_clip(tower: Any, scene: Scene, codec: bool) -> Clip:
-    """Render one scene and run the vision tower over it."""
-    rendering = render(scene)
-    frames = through_codec(rendering.frames) if codec else rendering.frames
-    if len(frames) % 2:
-        frames = np.concatenate([frames, frames[-1:]])
-    num_cells = len(frames) // 2
-    with torch.autocast("cpu", torch.bfloat16):
-        x = tower(pixel_rows(frames), grid_thw=torch.tensor([[num_cells, 2 * GRID, 2 * GRID]])).pooler_output
-    seen = rendering.seen
-    if len(seen) % 2:
-        seen = np.concatenate([seen, seen[-1:]])
-    tiles = seen.reshape(num_cells, 2, GRID, TOKEN, GRID, TOKEN).max(axis=(1, 3, 5)).reshape(-1)
-    return Clip(x.bfloat16(), torch.from_numpy(tiles > 0), scene, num_cells)
-
-
-def encode_pool(tower: Any, split: str, count: int, first: int = 0) -> list[Clip]:
-    """``count`` encoded clips of a split; every eighth is a pseudo-video."""
-    batch_equal_windows(tower)
-    pool = []
-    for index in tqdm(range(first, first + count), desc=f"encoding {split} clips", unit="clip", mininterval=10):
-        rng = clip_rng(split, index)
-        scene = make_pseudo_scene(rng) if index % 8 == 7 else make_scene(rng)
-        pool.append(encode_clip(tower, scene, codec=index % 4 == 0))
-    return pool
-
-
 def keep(clip: Clip, count: int, lead: float, generator: torch.Generator) -> torch.Tensor:
     """Which tokens a training step shows, ascending.
 
     Args:
         clip: encoded.
         count: of tokens kept.
-        lead: of tokens that show something over those that show the ground: 0 is a blind draw, 1 takes them first.
-        generator: of the noise.
+        lead: of the tokens with the highest score over those with the lowest: 0 is a blind draw, 1 takes them first.
+        generator: of the noise, and of which score it is.
     """
-    noise = torch.rand(len(clip.x), generator=generator) + clip.shows.float() * lead
+    which = int(torch.randint(len(clip.leans), (), generator=generator)) if len(clip.leans) > 1 else 0
+    noise = torch.rand(len(clip.x), generator=generator) + clip.leans[which] * lead
     return noise.topk(min(count, len(noise))).indices.sort().values
 
 
 def draw_blocks(clip: Clip, words: Words, rng: np.random.Generator, count: int) -> list[Block]:
     """``count`` question blocks of a clip, the last of them its caption."""
-    asked: list[Question] = [] if clip.scene.texts else questions(clip.scene, rng)
+    asked = clip.ask(rng)
     blocks = [words.block(q.text, q.answer) for q in asked[: count - 1]]
     while len(blocks) < count - 1 and asked:
         q = asked[int(rng.integers(len(asked)))]
         blocks.append(words.block(q.text, q.answer))
-    return [*blocks, words.block(CAPTION_PROMPTS[int(rng.integers(3))], caption(clip.scene))]
-
-
-def grid_of(clip: Clip) -> VideoGrid:
-    """Token grid of an encoded clip."""
-    return VideoGrid(clip.num_cells, GRID, GRID)
-
-
-# Positions per cell: two frames at FPS, two positions per second.
-T_FACTOR = 2 / FPS * 2
+    return [*blocks, words.block(CAPTION_PROMPTS[int(rng.integers(3))], clip.caption)]
 
 
 def forward(
@@ -134,6 +106,9 @@ def forward(
     rows: Sequence[torch.Tensor],
     indices: Sequence[torch.Tensor],
     blocks: Sequence[Sequence[Block]],
+    *,
+    project: Project = as_they_are,
+    t_factor: float = T_FACTOR,
 ) -> tuple[torch.Tensor, PackedBatch]:
     """Ask questions about clips of one grid, each seen through its kept tokens.
 
@@ -144,17 +119,19 @@ def forward(
         rows: B kept tokens [K, D] each.
         indices: B flat indices [K] int64 each, where those stand in the clip.
         blocks: B lists of as many questions.
+        project: from tokens to rows of the language model.
+        t_factor: positions per cell.
 
     Returns:
         ``(logits, packed)``: logits [L, V] of every target token.
     """
-    layout = grid_layout(grid, T_FACTOR)
+    layout = grid_layout(grid, t_factor)
     offsets = layout.vision_offsets()
     packed = pack_blocks(
         model.model.language_model.embed_tokens,
         words.prefix,
         words.suffix,
-        torch.stack(list(rows)),
+        project(torch.stack(list(rows)), torch.stack(list(indices)), grid),
         torch.stack([offsets[kept] for kept in indices]),
         layout.extent,
         blocks,
@@ -164,18 +141,29 @@ def forward(
 
 @torch.inference_mode()
 def accuracy(
-    model: Any, words: Words, clips: Sequence[Clip], seed: int = 0, num_questions: int = 8
+    model: Any,
+    words: Words,
+    clips: Sequence[Clip],
+    seed: int = 0,
+    num_questions: int = 8,
+    *,
+    share: float = 1.0,
+    **how: Any,
 ) -> dict[str, float]:
-    """Share of questions answered exactly, by kind and overall, with all tokens."""
+    """Share of questions answered exactly, by kind and overall, from a random share of the tokens; 0 is blind.
+
+    Further arguments as of :func:`forward`.
+    """
+    generator = torch.Generator().manual_seed(seed)
     right: dict[str, list[bool]] = {}
     for i, clip in enumerate(clips):
-        if clip.scene.texts:
+        asked = clip.ask(np.random.default_rng([seed, i]))[:num_questions]
+        if not asked:
             continue
-        asked = questions(clip.scene, np.random.default_rng([seed, i]))[:num_questions]
         blocks = [words.block(q.text, q.answer) for q in asked]
         with torch.autocast("cpu", torch.bfloat16):
-            everything = torch.arange(len(clip.x))
-            logits, packed = forward(model, words, grid_of(clip), [clip.x.float()], [everything], [blocks])
+            kept = keep(clip, round(share * len(clip.x)), 0.0, generator)
+            logits, packed = forward(model, words, clip.grid, [clip.x[kept].float()], [kept], [blocks], **how)
         for q, ok in zip(asked, blocks_right(logits, packed).tolist(), strict=True):
             right.setdefault(q.kind, []).append(ok)
     all_right = [ok for values in right.values() for ok in values]
@@ -195,11 +183,15 @@ def train_language(
     *,
     learning_rate: float = 1.5e-3,
     batch: int = 12,
+    max_tokens: int = 1 << 30,
     num_blocks: int = 10,
     seed: int = 0,
     easy_share: float = 0.45,
     minutes: float = math.inf,
     report: Any = print,
+    project: Project = as_they_are,
+    also: Sequence[torch.nn.Parameter] = (),
+    t_factors: Sequence[float] = (T_FACTOR,),
 ) -> dict[str, float]:
     """Train everything of ``model`` but its vision tower, in place.
 
@@ -211,24 +203,29 @@ def train_language(
         steps: of AdamW, cosine schedule.
         learning_rate: at its highest.
         batch, num_blocks: clips a step, and questions a clip.
+        max_tokens: visual tokens a step; where more would be kept, it has fewer clips.
         seed: of everything random.
         easy_share: share of the steps that show short sequences, mostly of things.
         minutes: stop after this long, with the schedule squeezed to fit.
         report: called with a line of text.
+        project, t_factors: see :func:`forward`; each step draws one of the latter, held-out clips get the first.
+        also: further parameters that learn, of ``project``.
 
     Returns:
         The last held-out accuracy.
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for name, p in model.named_parameters() if ".visual." not in name]
+    parameters = [p for name, p in model.named_parameters() if ".visual." not in name] + list(also)
+    held_how: dict[str, Any] = {"project": project, "t_factor": t_factors[0]}
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
     by_length: dict[int, list[int]] = {}
     for i, clip in enumerate(pool):
-        by_length.setdefault(clip.num_cells, []).append(i)
-    real = [i for i, clip in enumerate(pool) if not clip.scene.texts]
-    pseudo = {n: rows for n, rows in by_length.items() if not pool[rows[0]].scene.texts or len(rows) >= 4}
-    lengths = [n for n in pseudo if n != pool[real[0]].num_cells]
+        by_length.setdefault(clip.grid.t, []).append(i)
+    asks = [bool(clip.ask(np.random.default_rng(0))) for clip in pool]
+    real = [i for i, found in enumerate(asks) if found]
+    pseudo = {n: rows for n, rows in by_length.items() if asks[rows[0]] or len(rows) >= 4}
+    lengths = [n for n in pseudo if n != pool[real[0]].grid.t]
     started = time.monotonic()
     mean_loss, mean_right, last = 3.0, 0.0, {}
     bar = tqdm(range(steps), desc="language model", unit="step", mininterval=10)
@@ -259,13 +256,17 @@ def train_language(
             kept = [keep(clip, count, 0.0, generator) for clip in clips]
         elif draw < 0.6:
             stride = int(rng.integers(2, 4))
-            cells = torch.arange(int(rng.integers(stride)), clips[0].num_cells, stride)
-            kept = [(cells[:, None] * GRID * GRID + torch.arange(GRID * GRID)).flatten()] * len(clips)
+            grid = clips[0].grid
+            cells = torch.arange(int(rng.integers(stride)), grid.t, stride) * grid.tokens_per_frame
+            kept = [(cells[:, None] + torch.arange(grid.tokens_per_frame)).flatten()] * len(clips)
         else:
             kept = [torch.arange(total)] * len(clips)
+        fits = max(1, max_tokens // len(kept[0]))
+        clips, kept, blocks = clips[:fits], kept[:fits], blocks[:fits]
         with torch.autocast("cpu", torch.bfloat16):
             rows = [clip.x[k].float() for clip, k in zip(clips, kept, strict=True)]
-            logits, packed = forward(model, words, grid_of(clips[0]), rows, kept, blocks)
+            spread = float(rng.choice(t_factors)) if len(t_factors) > 1 else t_factors[0]
+            logits, packed = forward(model, words, clips[0].grid, rows, kept, blocks, project=project, t_factor=spread)
         loss = torch.nn.functional.cross_entropy(logits.float(), packed.targets)
         optimiser.zero_grad()
         loss.backward()
@@ -276,10 +277,10 @@ def train_language(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{mean_loss:.3f}", right=f"{mean_right:.3f}")
         if step % 200 == 199:
-            last = accuracy(model, words, held)
+            last = accuracy(model, words, held, **held_how)
             minutes_so_far = (time.monotonic() - started) / 60
             report(
                 f"step {step + 1} {minutes_so_far:.1f} min loss {mean_loss:.3f} right {mean_right:.3f} held "
                 + " ".join(f"{k} {v:.2f}" for k, v in last.items())
             )
-    return accuracy(model, words, held)
+    return accuracy(model, words, held, **held_how)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from score_vllm import demo
-from score_vllm.train.world.language_stage import Words, accuracy, encode_pool, train_language
+from score_vllm.train.world.drawn_clips import encode_pool
+from score_vllm.train.world.language_stage import Words, accuracy, train_language
 from score_vllm.train.world.render import render, write_clip
 from score_vllm.train.world.scenes import (
     CAPTION_PROMPTS,
