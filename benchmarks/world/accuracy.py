@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,50 @@ METHODS = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An encoded clip and its questions: x [T, N, D] fp32, saliency [T, N] of each kind, (kind, text, answer) each."""
+    """An encoded clip and its questions: x [T, N, D] fp32, saliency [T, N] of each kind, (kind, text, answer) each, and
+    the footage that it was made of, if any."""
 
     x: torch.Tensor
     saliency: dict[str, torch.Tensor]
     grid: VideoGrid
     questions: tuple[tuple[str, str, str], ...]
+    background: str = ""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the table before it is run: a registered method, or one trained policy of a family."""
+    """A row of the table before it is run: a registered method, or one trained policy of a family.
+
+    Attributes:
+        name: of the row.
+        method: registered.
+        policy, seed: of a trained one.
+        channels: mean and scale [D] each, where it reads standardised tokens; what it keeps is scaled back.
+    """
 
     name: str
     method: str
     policy: RetentionPolicy | None = None
     seed: int | None = None
+    channels: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def select(self, clip: HeldOut, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [K, D] that the language model reads, and their flat indices [K]."""
+        mean, scale = self.channels or (0.0, 1.0)
+        ranked_by = methods.get(self.method).saliency or ""
+        x = clip.x if self.channels is None else (clip.x - mean) / scale
+        made = select_tokens(x, ratio, self.method, self.policy, clip.saliency.get(ranked_by), grid=clip.grid)
+        return made.embeddings if self.channels is None else made.embeddings * scale + mean, made.indices
+
+
+# What a clip's language model reads: rows [K, D] and flat indices [K].
+Select = Callable[[HeldOut], tuple[torch.Tensor, torch.Tensor]]
+
+
+def everything(clip: HeldOut) -> tuple[torch.Tensor, torch.Tensor]:
+    """All tokens, without selecting."""
+    flat = clip.x.flatten(0, 1)
+    return flat, torch.arange(len(flat))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,16 +122,16 @@ def held_out_clips(model: Path, split: str, count: int, per_clip: int) -> list[H
 
 @torch.inference_mode()
 def answer(
-    model: Any, words: Words, clips: Sequence[HeldOut], candidate: Candidate | None, ratio: float, batch: int = 8
+    model: Any, words: Words, clips: Sequence[HeldOut], select: Select, batch: int = 8, **how: Any
 ) -> tuple[list[list[bool]], list[float], float]:
     """Ask every question of every clip.
 
     Args:
         model, words: the language model's.
         clips: held-out.
-        candidate: None keeps all tokens without selecting.
-        ratio: in (0, 1].
-        batch: clips in one forward.
+        select: what of a clip is read.
+        batch: clips in one forward; their selections are equally long.
+        how: further arguments of :func:`score_vllm.train.world.language_stage.forward`.
 
     Returns:
         ``(right, losses, achieved)``: per clip and question whether the answer is exactly right, the mean
@@ -113,31 +142,17 @@ def answer(
     kept = total = 0
     for start in range(0, len(clips), batch):
         group = clips[start : start + batch]
-        rows, indices = [], []
-        for clip in group:
-            flat = clip.x.flatten(0, 1)
-            if candidate is None:
-                rows.append(flat)
-                indices.append(torch.arange(len(flat)))
-            else:
-                ranked_by = methods.get(candidate.method).saliency or ""
-                made = select_tokens(
-                    clip.x,
-                    ratio,
-                    candidate.method,
-                    candidate.policy,
-                    clip.saliency.get(ranked_by),
-                    grid=clip.grid,
-                )
-                rows.append(made.embeddings)
-                indices.append(made.indices)
-            kept += len(rows[-1])
-            total += len(flat)
+        chosen = [select(clip) for clip in group]
+        rows, indices = [made[0] for made in chosen], [made[1] for made in chosen]
+        kept += sum(map(len, rows))
+        total += sum(clip.grid.num_tokens for clip in group)
         grid = group[0].grid
         for width in sorted({len(clip.questions) for clip in group}):
             mine = [i for i, clip in enumerate(group) if len(clip.questions) == width]
             blocks = [[words.block(text, reply) for _, text, reply in group[i].questions] for i in mine]
-            logits, packed = forward(model, words, grid, [rows[i] for i in mine], [indices[i] for i in mine], blocks)
+            logits, packed = forward(
+                model, words, grid, [rows[i] for i in mine], [indices[i] for i in mine], blocks, **how
+            )
             ok = blocks_right(logits, packed).view(len(mine), width).tolist()
             loss = torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none")
             owner = packed.owners // width
@@ -211,11 +226,11 @@ def main(args: argparse.Namespace) -> None:
     words = Words(AutoTokenizer.from_pretrained(model_path))
     count = sum(len(clip.questions) for clip in clips)
 
-    right, losses, _ = answer(model, words, clips, None, 1.0)
+    right, losses, _ = answer(model, words, clips, everything)
     vanilla = measure(clips, right, losses)
     chosen = candidates([name for name in args.methods.split(",") if name], args.policies)
     for candidate in chosen[:1] + [c for c in chosen if c.policy is not None][:1]:
-        again, _, _ = answer(model, words, clips[:16], candidate, 1.0)
+        again, _, _ = answer(model, words, clips[:16], partial(candidate.select, ratio=1.0))
         if again != right[:16]:
             raise SystemExit(f"{candidate.name} at ratio 1 does not answer as the uncompressed model does")
     rows = [summarise("vanilla", 1.0, [{**vanilla, "achieved": 1.0, "seed": None}], vanilla["accuracy"])]
@@ -225,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
         for name in names:
             runs = []
             for candidate in (c for c in chosen if c.name == name):
-                right, losses, achieved = answer(model, words, clips, candidate, ratio)
+                right, losses, achieved = answer(model, words, clips, partial(candidate.select, ratio=ratio))
                 runs.append({**measure(clips, right, losses), "achieved": achieved, "seed": candidate.seed})
                 bar.update()
             rows.append(summarise(name, ratio, runs, vanilla["accuracy"]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from score_vllm.train.config import OWN_HELD_OUT, StageSettings, TrainSettings
-from score_vllm.train.data.config import FileConfig, JsonlConfig, SourceConfig, WorldConfig
+from score_vllm.train.data.config import CompositeConfig, FileConfig, JsonlConfig, SourceConfig, WorldConfig
 from score_vllm.train.data.sample import AskingSource, BrokenSampleError, SampleSource, TrainingSample
 from score_vllm.train.data.sources import mixed, open_source
 from score_vllm.train.frozen.model import EncodedSample, Engine
@@ -69,7 +69,7 @@ def open_report_source(settings: TrainSettings, stage: StageSettings, merge: int
 
 
 def _unseen(spec: SourceConfig) -> SourceConfig | None:
-    if isinstance(spec, WorldConfig):
+    if isinstance(spec, (WorldConfig, CompositeConfig)):
         return spec.model_copy(update={"split": SPLIT})
     if isinstance(spec, FileConfig) and spec.split in ("", "train") and spec.held_out:
         return spec.model_copy(update={"split": "held_out", "limit": 0})

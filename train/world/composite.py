@@ -125,7 +125,8 @@ def make_composite(
     pairs = {(thing.look, thing.colour) for thing in things}
     still: list[Figure] = []
     for i in range(int(rng.integers(MOST_CLUTTER + 1)) if clutter is None else clutter):
-        for _ in range(30):
+        # There may be no room; asked for a number, look longer.
+        for _ in range(30 if clutter is None else 100):
             if i % 3 == 2:
                 look, colour, size = str(rng.choice(LETTERS)), "", PLATE
             else:
