@@ -29,6 +29,7 @@ __all__ = [
     "backend_for",
     "force_backend",
     "gather",
+    "keep_always",
     "last_backend",
     "pack_weights",
     "score",
@@ -264,10 +265,12 @@ def select_rows(
     *,
     width: int | None = None,
     learned: torch.Tensor | None = None,
+    always: torch.Tensor | None = None,
 ) -> SelectedRows:
     """Score, keep the global top K, gather the rows and their positions: the serving path in one call.
 
-    On CUDA this is one memset and six launches (score, three digits, compaction, gather); structure rows add a few. It
+    On CUDA this is one memset and six launches (score, three digits, compaction, gather); structure rows and ``always``
+    add a few. It
     can be captured in a CUDA graph after one call of the same dtype and hidden size has compiled the kernels.
 
     Args:
@@ -277,6 +280,7 @@ def select_rows(
         positions: as ``channels`` of :func:`gather`.
         width: D <= W, columns that the policy reads; the rest only travels with the kept rows. None: all.
         learned: as in :func:`gather`.
+        always: [E <= K] int64 flat indices that are kept whatever their scores; None: none.
 
     Returns:
         :class:`SelectedRows`: ``buffer`` [S + K, W + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
@@ -292,15 +296,24 @@ def select_rows(
         raise ValueError(f"k must be in [1, {x.shape[0] * x.shape[1]}], got {k}")
     with torch.no_grad():
         if _choose("select_rows", x) == "torch":
-            scores = torch_blocked.score(read, weights)
+            scores = keep_always(torch_blocked.score(read, weights), always)
             indices, has_nan = reference.topk(scores, k)
         else:
             from score_vllm.kernels import score as score_kernel
             from score_vllm.kernels import topk as topk_kernel
 
             with _on(x):
-                indices, has_nan, scores = topk_kernel.select(score_kernel.score_partials(read, weights), k)
+                partials = score_kernel.score_partials(read, weights)
+                keep_always(partials[0], always)
+                indices, has_nan, scores = topk_kernel.select(partials, k)
         return SelectedRows(_gather("select_rows", x, indices, positions, learned), indices, has_nan, scores)
+
+
+def keep_always(scores: torch.Tensor, always: torch.Tensor | None) -> torch.Tensor:
+    """Make the scores at ``always`` infinite, in place; NaN stays NaN."""
+    if always is None:
+        return scores
+    return scores.index_add_(0, always.to(scores.device), scores.new_full(always.shape, float("inf")))
 
 
 def warm_up(weights: PolicyWeights, row_width: int | None = None) -> None:

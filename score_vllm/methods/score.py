@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from score_vllm.kernels import ops
 from score_vllm.methods import Weights, register
 from score_vllm.policy import RetentionPolicy
 from score_vllm.types import VideoGrid
@@ -27,18 +27,20 @@ def score(
         x: [T, N, D].
         num_retained: K; read by policies with ``ratio_input`` or a ``ranked_share`` below 1.
         policy: the trained policy.
-        grid: T, rows, columns; None: one row of N columns.
+        grid: T, rows, columns; for policies that spread tokens evenly.
 
     Returns:
         [T * N] float32.
 
     Raises:
-        ValueError: no policy is given, or its hidden size is not D.
+        ValueError: no policy is given, its hidden size is not D, or it spreads tokens and there is no grid.
     """
     if policy is None:
         raise ValueError("method 'score' needs policy=RetentionPolicy(...); pass one or choose another method")
     with torch.no_grad():
         logits = policy(x, num_retained / (x.shape[0] * x.shape[1])).flatten()
-    even = policy.spread(grid or VideoGrid(x.shape[0], 1, x.shape[1]), num_retained)
-    # Added, so that NaN stays NaN.
-    return logits if even is None else logits.index_add(0, even.to(x.device), logits.new_full(even.shape, math.inf))
+    if policy.config.ranked_share == 1:
+        return logits
+    if grid is None:
+        raise ValueError("method 'score' needs grid=VideoGrid(T, rows, columns): the policy spreads tokens evenly")
+    return ops.keep_always(logits, policy.spread(grid, num_retained))

@@ -173,7 +173,11 @@ class VideoCompressor:
             table = PositionTable.from_layout(layout)
             if method == "score":
                 weights = self._policy_weights(x.dtype, x.device)
-                out = ops.select_rows(video, weights, num_retained, table, width=self.hidden_size, learned=learned)
+                assert self.policy is not None, "checked by ServingConfig"
+                even = self.policy.spread(layout.grid, num_retained)
+                out = ops.select_rows(
+                    video, weights, num_retained, table, width=self.hidden_size, learned=learned, always=even
+                )
                 measured.has_nan = out.has_nan
                 self.selections.keep(key, layout.grid, out.indices)
                 return out.buffer

@@ -64,6 +64,19 @@ def test_compress_without_residual_or_positions():
     assert torch.allclose(out.scores, want, atol=1e-5)
 
 
+def test_some_tokens_are_kept_whatever_their_scores():
+    x = torch.randn(5, 12, 16)
+    packed = weights(dtype=torch.float32)
+    plain = ops.select_rows(x, packed, 20).scores
+    always = plain.argsort()[:6].sort().values
+    out = ops.select_rows(x, packed, 20, always=always)
+    others = plain.index_fill(0, always, float("-inf")).topk(14).indices
+    assert torch.equal(out.indices, torch.cat([always, others]).sort().values)
+    assert torch.equal(ops.select_rows(x, packed, 6, always=always).indices, always)
+    x[0, 0, 0] = float("nan")
+    assert ops.select_rows(x, packed, 20, always=torch.tensor([0])).has_nan
+
+
 def test_nan_is_reported():
     x = torch.randn(3, 4, 16).to(torch.bfloat16)
     x[0, 0, 0] = float("nan")

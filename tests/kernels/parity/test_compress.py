@@ -86,6 +86,19 @@ def test_the_policy_reads_the_first_columns_only(dtype, device, seed):
     assert torch.equal(out.buffer, reference.gather(x, out.indices, table))
 
 
+def test_tokens_kept_whatever_their_scores(device, seed):
+    x = torch.randn(4, 35, 48, device=device)
+    weights = ops.pack_weights(*parameters(48, 128, device), x.dtype)  # scores arrive in several addends
+    plain = ops.select_rows(x, weights, 1).scores
+    always = plain.argsort()[:9].sort().values.cpu()
+    out = ops.select_rows(x, weights, 30, always=always)
+    assert ops.last_backend("select_rows") == "triton"
+    others = plain.cpu().index_fill(0, always, float("-inf")).topk(21).indices
+    assert torch.equal(out.indices.cpu(), torch.cat([always, others]).sort().values)
+    x[0, 0, 0] = float("nan")
+    assert ops.select_rows(x, weights, 30, always=torch.tensor([0])).has_nan
+
+
 @pytest.mark.parametrize("channels", [None, 1, 5, 16])
 @pytest.mark.parametrize("d", [16, 48, 1040, 2064])
 def test_gather_copies_rows_and_channels(d, channels, device, seed):
