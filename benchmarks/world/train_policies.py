@@ -30,7 +30,7 @@ FAMILIES: dict[str, list[str]] = {
     "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
     "high-ratios": [*EXACT, "rollout.high_share=0.5"],
     "ratio-input": [*EXACT, "policy.ratio_input=true"],
-    "coverage": [*EXACT, "policy.ranked_share=0.05"],
+    "coverage": [*EXACT, "policy.ranked_share=0.04"],
     "dense-start": [*EXACT, "stage.warmup.dense_steps=60"],
 }
 
