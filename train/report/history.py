@@ -69,9 +69,9 @@ def read_history(path: Path) -> History:
         except (ValueError, KeyError, TypeError):
             continue
         rows = [row] if row["event"] == "started" else [*rows, row]
-    seconds = sum(
-        max(0.0, row["time"] - before["time"]) for before, row in itertools.pairwise(rows) if row["event"] != "resumed"
-    )
+    # Lines of a start and of a resumption have the time of day instead: no pause is counted.
+    times = [row["time"] if isinstance(row["time"], float | int) else None for row in rows]
+    seconds = sum(b - a for a, b in itertools.pairwise(times) if a is not None and b is not None)
     diagnosis = next((row.get("diagnosis", "") for row in reversed(rows) if row["event"] == "failed"), "")
     if rows and rows[-1]["event"] == "finished":
         diagnosis = ""

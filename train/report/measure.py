@@ -15,6 +15,7 @@ from PIL import Image
 
 from score_vllm import RetentionPolicy, TokenSelection, select_tokens
 from score_vllm.train.frozen.model import AnsweringEngine, Engine
+from score_vllm.train.report.charts import percent
 from score_vllm.train.report.clips import ReportClip
 from score_vllm.viz.draw import contact_sheet
 from score_vllm.viz.paint import THEMES
@@ -123,7 +124,7 @@ def measure(
 
 def _sheet(clip: ReportClip, made: dict[Key, TokenSelection]) -> Sheet:
     names = {"score": "policy"}
-    shown = {f"{names.get(method, method)}, {ratio:.0%}": made[method, ratio] for method, ratio in DRAWN}
+    shown = {f"{names.get(method, method)} at {percent(ratio)}:": made[method, ratio] for method, ratio in DRAWN}
     pictures, width = {}, 0
     for name, theme in THEMES.items():
         drawn = contact_sheet(clip.sample.frames, clip.encoded.grid, shown, cell_width=160, theme=theme)
