@@ -15,12 +15,13 @@ import torch
 from score_vllm import RetentionPolicy
 from score_vllm.train.checkpoint import TrainState, save_checkpoint
 from score_vllm.train.config import TrainSettings, load_settings
+from score_vllm.train.data.config import CompositeConfig
 from score_vllm.train.data.sample import AskingSource, BrokenSampleError
 from score_vllm.train.data.sources import MixedSource, open_source, source_config
 from score_vllm.train.frozen.model import AnsweringEngine, EncodedSample
 from score_vllm.train.report import write
 from score_vllm.train.report.charts import Line, binned, chart, round_numbers
-from score_vllm.train.report.clips import ReportSource, open_report_source, read_clips
+from score_vllm.train.report.clips import ReportSource, _unseen, open_report_source, read_clips
 from score_vllm.train.report.history import read_history
 from score_vllm.train.report.measure import ALL, METHODS, NONE, RATIOS, Findings, measure
 from score_vllm.train.report.page import paired, verdicts
@@ -229,6 +230,9 @@ def test_clips_are_of_a_split_that_training_did_not_see(tmp_path: Path) -> None:
     world = settings_of(tmp_path)
     found = open_report_source(world, world.stages[-1], 2)
     assert not found.seen
+    composite = _unseen(source_config(kind="composite", split="policy"))
+    assert isinstance(composite, CompositeConfig)
+    assert composite.split == "report"
     assert found.samples[3].key.startswith("world:report:")
     assert isinstance(found.samples, AskingSource)
     assert {kind for kind, _, _ in found.samples.questions(3)}
