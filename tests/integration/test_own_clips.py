@@ -93,7 +93,7 @@ def test_a_folder_of_clips_becomes_a_policy(
     assert held_out["video"] not in {row["video"] for row in clips}
     assert "measured 1 clips, cross" in said
     page = (output / "report.html").read_text()
-    assert f"kept tokens of {Path(held_out['video']).name}" in page
+    assert Path(held_out["video"]).name in page
     assert "clips that training did not use" in page
     # Nothing is described twice: a run that goes on only reads what is known.
     monkeypatch.setattr(own_clips.ClipDescriber, "_ask", None)

@@ -9,8 +9,8 @@ from html import escape
 
 # In units of the drawing, which is as wide as its place on the page.
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 20, 10, 34
-MOST_POINTS = 160
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 18, 34
+MOST_POINTS = 80
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def chart(
         parts.append(f'<text x="{at_x(x)}" y="{base + 15}" text-anchor="middle">{escape(write_x(x))}</text>')
     for x, word in marks:
         parts.append(f'<path class="mark" d="M{at_x(x)} {TOP}V{base}"/>')
-        parts.append(f'<text class="word" x="{at_x(x) + 4}" y="{TOP + 9}">{escape(word)}</text>')
+        parts.append(f'<text class="word" x="{at_x(x)}" y="{TOP - 6}">{escape(word)}</text>')
     for line in lines:
         if line.band:
             upper = [f"{at_x(x)} {at_y(pair[1])}" for (x, _), pair in zip(line.points, line.band, strict=True)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from score_vllm.train.report.charts import Line, chart, percent
+from score_vllm.train.report.charts import MOST_POINTS, Line, chart, percent
 from score_vllm.train.report.history import History
 from score_vllm.train.report.measure import ALL, METHODS, NONE, OVER_TIME, PLACES, RATIOS, Findings, Key, Sheet
 
@@ -46,7 +46,7 @@ def page(
         parts += _section("What it keeps", [_keeps(findings)])
     curves = history.curves()
     if curves:
-        bands = "Lines are means of neighbouring steps, bands their range. " if len(history.steps) > 160 else ""
+        bands = "Lines are means of neighbouring steps, bands their range. " if len(history.steps) > MOST_POINTS else ""
         parts += _section("Training", [f"<p>{bands}One point is the mean over the step's videos.</p>", _grid(curves)])
     made = [_table(["", ""], [[key, str(value)] for key, value in provenance.items()], plain=True)]
     made.append(f"<details><summary>Settings</summary><pre>{escape(json.dumps(settings, indent=1))}</pre></details>")
