@@ -1,6 +1,7 @@
 """Accuracy with and without compression.
 
     python benchmarks/accuracy.py --benchmark world ...        made videos with known answers, on this machine
+    python benchmarks/accuracy.py --benchmark footage ...      real footage with known answers, on this machine
     python benchmarks/accuracy.py --benchmark videomme ...     Video-MME, MLVU or LVBench, against an endpoint
 
 Each benchmark has options of its own: add --help to see them. The public sets are described in docs/evaluating.md.
@@ -18,7 +19,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 # Each module has ``add_arguments(parser)`` and ``main(args)``.
-MODULES = {"world": "benchmarks.world.accuracy"} | dict.fromkeys(
+MODULES = {"world": "benchmarks.world.accuracy", "footage": "benchmarks.world.footage"} | dict.fromkeys(
     ("videomme", "mlvu", "lvbench"), "benchmarks.public.run"
 )
 DEFAULT = "world"
