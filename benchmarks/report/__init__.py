@@ -68,10 +68,11 @@ def link(file: str) -> str:
 
 def load_blocks() -> dict[str, Block]:
     """Every block by the name of its markers."""
-    from benchmarks.report import accuracy, leaderboard, prefill, serving, soak, speed, summary
+    from benchmarks.report import accuracy, footage, leaderboard, prefill, serving, soak, speed, summary
 
     return (
         accuracy.BLOCKS
+        | footage.BLOCKS
         | leaderboard.BLOCKS
         | prefill.BLOCKS
         | speed.BLOCKS

@@ -160,10 +160,14 @@ def table(
             f"the reader answers {vanilla['accuracy']:.1%} with all tokens and {blind['accuracy']:.1%} with none: "
             f"less than {GATE:.0%} apart"
         )
-    rows = []
-    for name, run, ratio in (("vanilla", vanilla, 1.0), ("blind", blind, 0.0)):
-        row = summarise(name, ratio, [{**run, "seed": None}], vanilla["accuracy"])
-        rows.append({**row, "backgrounds": by_background(run["right"], clips)})
+    first = summarise("vanilla", 1.0, [{**vanilla, "seed": None}], vanilla["accuracy"])
+    rows = [
+        {
+            **first,
+            "backgrounds": by_background(vanilla["right"], clips),
+            "blind": {"accuracy": blind["accuracy"], "kinds": blind["kinds"]},
+        }
+    ]
     names = list(dict.fromkeys(candidate.name for candidate in chosen))
     bar = tqdm(total=len(chosen) * len(asked), desc="methods", unit="run")
     for ratio in asked:

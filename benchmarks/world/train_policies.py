@@ -2,8 +2,10 @@
 
     python -m benchmarks.world.train_policies --output runs/policies
     python benchmarks/accuracy.py --benchmark world --policies runs/policies
+    python -m benchmarks.world.train_policies --world footage --output runs/footage-policies
 
-A family is the demo's training with one thing changed. What is there already is left alone, so a stopped call goes on.
+A family is one training with one thing changed: that of the demo, or that for frozen tokens of real
+footage. What is there already is left alone, so a stopped call goes on.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "train" / "configs" / "demo.toml"
-# Names of stages, and what --set changes against demo.toml; "score" is the paper's method as it is served.
+CONFIGS = {
+    world: ROOT / "train" / "configs" / file for world, file in (("drawn", "demo.toml"), ("footage", "footage.toml"))
+}
+# What --set changes against the world's configuration; "score" is the paper's method as it is served.
 EXACT = ["rollout.objective=budget-matched"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
@@ -33,20 +37,31 @@ FAMILIES: dict[str, list[str]] = {
     "coverage": [*EXACT, "policy.ranked_share=0.04"],
     "dense-start": [*EXACT, "stage.warmup.dense_steps=60"],
 }
+# footage.toml is budget-matched as it is.
+PAPER = ["rollout.objective=paper"]
+FOOTAGE_FAMILIES: dict[str, list[str]] = {
+    "score": PAPER,
+    "score-no-residual": [*PAPER, "policy.use_residual=false"],
+    "budget-matched": [],
+    "no-residual": ["policy.use_residual=false"],
+    **{name: FAMILIES[name][1:] for name in ("leave-one-out", "high-ratios", "ratio-input", "coverage")},
+    "dense-start": ["stage.main.dense_steps=40"],
+}
+WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}
 
 
-def command(family: str, seed: int, output: Path, extra: list[str]) -> list[str]:
+def command(world: str, family: str, seed: int, output: Path, extra: list[str]) -> list[str]:
     """The call that trains one policy; see ``python -m score_vllm.train --help``."""
-    call = [sys.executable, "-m", "score_vllm.train", "--config", str(CONFIG)]
+    call = [sys.executable, "-m", "score_vllm.train", "--config", str(CONFIGS[world])]
     if family == "pseudo-only":
         call += ["--stage", "warmup"]
     # All families meet the same clips: encoded once, shared on disk.
     shared = ["cache.kind=disk", f"cache.directory={output.parent / 'features'}", "cache.max_gib=4"]
-    sets = [f"output={output}", f"seed={seed}", *FAMILIES[family], *shared, *extra]
+    sets = [f"output={output}", f"seed={seed}", *WORLDS[world][family], *shared, *extra]
     return [*call, *(part for one in sets for part in ("--set", one))]
 
 
-def train(family: str, seed: int, folder: Path, extra: list[str], threads: int) -> str | None:
+def train(world: str, family: str, seed: int, folder: Path, extra: list[str], threads: int) -> str | None:
     """Train one policy; returns what went wrong, or None."""
     output = folder / f"{family}-{seed}"
     if (output / "policy" / "config.json").is_file():
@@ -56,7 +71,7 @@ def train(family: str, seed: int, folder: Path, extra: list[str], threads: int) 
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("wb") as sink:
         done = subprocess.run(
-            command(family, seed, output, extra), stdout=sink, stderr=subprocess.STDOUT, env=environment
+            command(world, family, seed, output, extra), stdout=sink, stderr=subprocess.STDOUT, env=environment
         )
     if done.returncode:
         return f"{family}-{seed} ended with {done.returncode}:\n{log.read_text(errors='replace')[-2000:]}"
@@ -67,18 +82,20 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--world", choices=WORLDS, default="drawn")
+    parser.add_argument("--families", help="with commas between; all of the world's by default")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="policies trained at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--set", action="append", default=[], dest="extra", help="passed on to every training")
     args = parser.parse_args()
-    families = args.families.split(",")
-    if unknown := [name for name in families if name not in FAMILIES]:
-        parser.error(f"--families must be of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+    known = WORLDS[args.world]
+    families = args.families.split(",") if args.families else [*known]
+    if unknown := [name for name in families if name not in known]:
+        parser.error(f"--families must be of {', '.join(known)}, got {', '.join(unknown)}")
     work = [(family, int(seed)) for seed in args.seeds.split(",") for family in families]
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(train, *one, args.output, args.extra, args.threads) for one in work]
+        waiting = [pool.submit(train, args.world, *one, args.output, args.extra, args.threads) for one in work]
         failures = [f.result() for f in tqdm(waiting, desc="policies", unit="policy")]
     if found := [failure for failure in failures if failure]:
         sys.exit("\n".join(found))

@@ -44,7 +44,7 @@ READER_CONFIG: dict[str, Any] = TEXT_CONFIG | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-BATCH, MAX_TOKENS, BLOCKS = 16, 4096, 6
+BATCH, MAX_TOKENS, BLOCKS = 8, 2048, 6
 # Weight of tokens that show only the footage, against one of the others.
 GROUND_WEIGHT = 0.15
 
