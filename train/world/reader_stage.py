@@ -33,6 +33,8 @@ from score_vllm.train.world.scenes import CAPTION_PROMPTS
 from score_vllm.train.world.vlm import TEXT_CONFIG, VISION_CONFIG, initialise_language, tqdm_print
 from score_vllm.types import VideoGrid
 
+# Clips whose texts make the vocabulary.
+CORPUS = 4000
 # Points of accuracy by which all tokens must beat none.
 GATE = 0.20
 # Positions per cell in training: as asked for most of the time, and stretched, so that longer clips' are not new.
@@ -51,7 +53,7 @@ GROUND_WEIGHT = 0.15
 
 def corpus() -> Iterator[str]:
     """Texts of the composites for the tokenizer's vocabulary."""
-    source = CompositeSource("words", 4000)
+    source = CompositeSource("words", CORPUS)
     for index in range(len(source)):
         scene, asked = source.scene(index)
         yield caption(scene)
