@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it"
     )
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument(
+        "--ranked-share", type=float, metavar="S", help="each policy also so: the best S of all tokens, the rest even"
+    )
     parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1", help="with commas between")
     parser.add_argument("--clips", type=int, default=160)
     parser.add_argument("--questions", type=int, default=8, help="per clip, at most")
@@ -162,8 +165,8 @@ def answer(
     return right, losses, kept / total
 
 
-def candidates(methods: Sequence[str], policies: Path | None) -> list[Candidate]:
-    """Registered methods, then every trained policy found.
+def candidates(methods: Sequence[str], policies: Path | None, ranked_share: float | None = None) -> list[Candidate]:
+    """Registered methods, then every trained policy found, and each that ranks all tokens again with a smaller share.
 
     Raises:
         FileNotFoundError: the folder holds no policy.
@@ -175,7 +178,12 @@ def candidates(methods: Sequence[str], policies: Path | None) -> list[Candidate]
             raise FileNotFoundError(f"--policies {policies}: no folder NAME-SEED/policy in it")
         for path in trained:
             name, seed = path.parent.name.rsplit("-", 1)
-            found.append(Candidate(name, "score", RetentionPolicy.from_pretrained(path), int(seed)))
+            policy = RetentionPolicy.from_pretrained(path)
+            found.append(Candidate(name, "score", policy, int(seed)))
+            if ranked_share is not None and policy.config.ranked_share == 1:
+                again = RetentionPolicy.from_pretrained(path)
+                again.config = replace(again.config, ranked_share=ranked_share)
+                found.append(Candidate(f"{name}, even rest", "score", again, int(seed)))
     return found
 
 
@@ -228,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
 
     right, losses, _ = answer(model, words, clips, everything)
     vanilla = measure(clips, right, losses)
-    chosen = candidates([name for name in args.methods.split(",") if name], args.policies)
+    chosen = candidates([name for name in args.methods.split(",") if name], args.policies, args.ranked_share)
     for candidate in chosen[:1] + [c for c in chosen if c.policy is not None][:1]:
         again, _, _ = answer(model, words, clips[:16], partial(candidate.select, ratio=1.0))
         if again != right[:16]:
