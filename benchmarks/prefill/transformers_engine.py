@@ -149,7 +149,7 @@ class TransformersEngine:
         offsets = None
         if method == "score":
             table = None if layout.structure_tokens else PositionTable.from_layout(layout)
-            out = ops.select_rows(x, self.weights, keep, table)
+            out = ops.select_rows(x, self.weights, keep, table, always=self.policy.spread(layout.grid, keep))
             indices, rows = out.indices, out.buffer[:, :width]
             if table is not None:
                 offsets = unpack_offsets(out.buffer[:, width:])

@@ -58,7 +58,7 @@ def test_served_answers_are_the_transformers_paths(server: Any) -> None:
         clip = server.media / f"served-{index}.mp4"
         write_clip(render(scene).frames, clip)
         x, grid = tower.encode(decode_video(clip.read_bytes()).frames)
-        made = select_tokens(x, 0.1, policy=policy)
+        made = select_tokens(x, 0.1, policy=policy, grid=grid)
         text = ask(server, clip, asked[0].text, 0.1)
         blocks = [[words.block(asked[0].text, text)]]
         with torch.no_grad():

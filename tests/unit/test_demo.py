@@ -74,7 +74,7 @@ def test_demo_answers_about_its_clip() -> None:
     words = Words(AutoTokenizer.from_pretrained(model_dir))
     blocks = [words.block(question.text, question.answer) for question in asked]
     for ratio in (1.0, 0.1):
-        made = select_tokens(x, ratio, policy=RetentionPolicy.from_pretrained(policy_dir))
+        made = select_tokens(x, ratio, policy=RetentionPolicy.from_pretrained(policy_dir), grid=grid)
         with torch.no_grad():
             logits, packed = forward(model, words, grid, [made.embeddings], [made.indices], [blocks])
         right = blocks_right(logits, packed).tolist()

@@ -66,7 +66,7 @@ def test_library_assets_and_licence_are_in_it(installed: Path, tmp_path: Path) -
         "policy = score_vllm.RetentionPolicy.from_pretrained(ASSETS / 'policy')\n"
         "x = torch.randn(4, 6, policy.config.hidden_size)\n"
         "print(score_vllm.__file__)\n"
-        "print(score_vllm.select_tokens(x, 0.25, policy=policy).num_retained)\n"
+        "print(score_vllm.select_tokens(x, 0.25, policy=policy, grid=score_vllm.VideoGrid(4, 2, 3)).num_retained)\n"
         "frames = decode_video(demo_clip().read_bytes()).frames\n"
         "print(len(frames), (ASSETS / 'model' / 'model.safetensors').is_file())\n"
         "print(sorted(p.name for p in pathlib.Path(list(score_vllm.train.configs.__path__)[0]).glob('demo.toml')))\n"
