@@ -101,15 +101,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it"
     )
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument(
-        "--ranked-share", type=float, metavar="S", help="each policy also so: the best S of all tokens, the rest even"
-    )
+    add_ranked_share(parser)
     parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1", help="with commas between")
     parser.add_argument("--clips", type=int, default=160)
     parser.add_argument("--questions", type=int, default=8, help="per clip, at most")
     parser.add_argument("--split", default="held_out", help="another name while tuning, so that held_out stays unseen")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy_world.json")
     parser.add_argument("--threads", type=int, help="of torch")
+
+
+def add_ranked_share(parser: argparse.ArgumentParser) -> None:
+    """The option of :func:`candidates`."""
+    parser.add_argument(
+        "--ranked-share", type=float, metavar="S", help="each policy also so: the best S of all tokens, the rest even"
+    )
 
 
 def held_out_clips(model: Path, split: str, count: int, per_clip: int) -> list[HeldOut]:

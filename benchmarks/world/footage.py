@@ -29,6 +29,7 @@ from benchmarks.world.accuracy import (
     Candidate,
     HeldOut,
     Select,
+    add_ranked_share,
     answer,
     candidates,
     everything,
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", type=Path, help="folder with policies NAME-SEED/policy, see train_policies.py")
     parser.add_argument("--reference", default="budget-matched", help="family that the others are compared with")
     parser.add_argument("--methods", default=",".join(METHODS))
+    add_ranked_share(parser)
     parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1,0.05", help="with commas between")
     parser.add_argument("--clips", type=int, default=240)
     parser.add_argument("--questions", type=int, default=8, help="per clip, at most")
@@ -209,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
     count, grounds = sum(len(clip.questions) for clip in clips), {clip.background for clip in clips}
     if args.split == "held_out" and (count < LEAST_QUESTIONS or len(grounds) < LEAST_BACKGROUNDS):
         print(f"warning: {count} questions on {len(grounds)} backgrounds say little")
-    chosen = candidates([name for name in args.methods.split(",") if name], args.policies)
+    chosen = candidates([name for name in args.methods.split(",") if name], args.policies, args.ranked_share)
     rows = table(reader, clips, chosen, args.ratios, args.reference)
     facts = {
         "questions": count,
