@@ -54,8 +54,10 @@ class History:
             lines: list[Line] = []
             for key, label, colour, inverse in wanted:
                 values = [row.get(key) for row in self.steps]
+                if key == "entropy" and values == [row.get("choice_entropy") for row in self.steps]:
+                    continue  # the same thing where budgets are equal
                 lines.append(binned(label, at, [1 - v if inverse and v is not None else v for v in values], colour))
-            drawn.append(chart(title, lines, "step", marks=marks))
+            drawn.append(chart(title, lines, "step", marks=marks, write_x="{:,.0f}".format))
         return [one for one in drawn if one]
 
 
