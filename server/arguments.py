@@ -10,7 +10,7 @@ from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
 from score_vllm.config import MAX_CELL_CACHE_GIB, MIN_PIXELS, check_cell_cache_gib
 from score_vllm.near_miss import near_miss
-from score_vllm.server.options import LOADERS, LOCAL_HOSTS, TRAINING_FREE_METHOD
+from score_vllm.server.options import DEFAULT_BODY_MIB, LOADERS, LOCAL_HOSTS, TRAINING_FREE_METHOD
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
 PROG = "score-serve"
@@ -102,6 +102,13 @@ def add_options(parser: Any) -> None:
         choices=sorted(LOADERS),
         default="pyav",
         help="who decodes videos; 'vllm' leaves the choice to vLLM and its media-io-kwargs (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-body-mib",
+        type=_positive_int,
+        default=DEFAULT_BODY_MIB,
+        metavar="N",
+        help="largest body of a request in MiB, above which it is refused with 413 (default: %(default)s)",
     )
     group.add_argument(
         "--log-format",

@@ -35,8 +35,10 @@ from score_vllm.models.timing import STATS_VARIABLE
 from score_vllm.models.video_loaders import DECORD_LOADER, PYAV_LOADER, model_resize
 from score_vllm.models.worker import WORKER_EXTENSION
 from score_vllm.server import again, explain, metrics, playground, request_log, sampling
+from score_vllm.server.body_limit import MIB, BodyLimit
 from score_vllm.server.content import OWN_FIELDS
 from score_vllm.server.context import RequestContext, ServerState, counts, enter
+from score_vllm.server.options import DEFAULT_BODY_MIB
 from score_vllm.server.other_routes import CHAT_PATH, TOKENIZE_PATH, RefuseElsewhere
 from score_vllm.server.protocol import (
     ScoreChatCompletionRequest,
@@ -56,6 +58,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A field, a file or a video is at fault; the message says which and what is accepted.",
         404: "No such model.",
+        413: "The body is larger than --max-body-mib.",
         422: "The media server refused the URL.",
         500: "The server is at fault.",
         502: "The media server failed or cannot be reached.",
@@ -257,6 +260,7 @@ class ScoreEndpointPlugin:
         ours = {CHAT_PATH, TOKENIZE_PATH}
         paths = frozenset(route.path for route in routes if "POST" in route.methods) - ours
         app.add_middleware(RefuseElsewhere, paths=paths)
+        app.add_middleware(BodyLimit)
         app.add_middleware(request_log.RequestLog, always=frozenset({CHAT_PATH}))
         metrics.attach_page(app)
         playground.attach(app)
@@ -267,6 +271,7 @@ class ScoreEndpointPlugin:
         Raises:
             StartupError: compression is configured and not in place somewhere.
         """
+        state.score_body_limit = getattr(args, "max_body_mib", DEFAULT_BODY_MIB) * MIB
         config = None if engine_client is None else engine_client.vllm_config.model_config.hf_config
         serving = None if config is None else ServingConfig.from_hf_config(config)
         if serving is None:

@@ -25,6 +25,8 @@ DEFAULT_ON_GROUPS = (
 )
 LOADERS = {"pyav": "score_pyav", "decord": "score_decord", "vllm": None}
 MAX_DOWNLOAD_BYTES = 1 << 30
+# A video of 380 MB as a data URL. Such a body is held several times over while it is parsed and decoded.
+DEFAULT_BODY_MIB = 512
 # The playground is served there unless it is switched off.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 MAX_VIDEOS_PER_PROMPT = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -245,6 +247,24 @@ def test_hints_at_the_right_place(server: Server, clips: dict[str, Path]) -> Non
     for path, key in {"/v1/responses": "input", "/v1/messages": "messages"}.items():
         error = refused(server, {key: messages}, path)
         assert error["message"].startswith(f"videos are supported on {CHAT}, not on {path}")
+
+
+def test_a_body_that_is_too_large_is_not_waited_for(server: Server) -> None:
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    connection.putrequest("POST", "/v1/chat/completions")
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(513 << 20),
+        "Authorization": f"Bearer {API_KEY}",
+    }
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413
+    assert "--max-body-mib 512" in json.loads(response.read())["error"]["message"]
+    connection.close()
 
 
 def test_health_while_media_servers_hang(server: Server, hanging: list[Future[Any]]) -> None:

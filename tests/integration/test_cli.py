@@ -112,6 +112,14 @@ def test_the_cell_cache_has_a_size(parser: Any, capsys: pytest.CaptureFixture[st
         assert f"must be a number in [0, 4096], got '{bad}'" in capsys.readouterr().err
 
 
+def test_bodies_have_a_largest_size(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parser.parse_args(["--model", "demo"]).max_body_mib == 512
+    assert parser.parse_args(["--model", "demo", "--max-body-mib", "8"]).max_body_mib == 8
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "demo", "--max-body-mib", "0"])
+    assert "must be an integer >= 1, got '0'" in capsys.readouterr().err
+
+
 def test_memory_is_reserved_for_the_frames_that_are_read(parser: Any) -> None:
     args, _ = configure(parser, "--model", "demo")
     assert (args.hf_overrides["score"]["max_frames"], args.hf_overrides["score"]["max_pixels"]) == (128, None)
