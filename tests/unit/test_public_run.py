@@ -322,7 +322,7 @@ def test_the_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     with pytest.raises(SystemExit) as caught:
         accuracy.main(["--help"])
     assert caught.value.code == 0
-    assert "{world,videomme,mlvu,lvbench}" in capsys.readouterr().out
+    assert "{world,footage,videomme,mlvu,lvbench}" in capsys.readouterr().out
     monkeypatch.setitem(accuracy.MODULES, "world", "accuracy_nowhere")
     with pytest.raises(SystemExit, match="--benchmark world needs the package 'accuracy_nowhere'"):
         accuracy.main([])
