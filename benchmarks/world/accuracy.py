@@ -113,7 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_ranked_share(parser: argparse.ArgumentParser) -> None:
     """The option of :func:`candidates`."""
     parser.add_argument(
-        "--ranked-share", type=float, metavar="S", help="each policy also so: the best S of all tokens, the rest even"
+        "--ranked-share",
+        type=float,
+        metavar="S",
+        help="each policy also so: the best S of all tokens, the rest even; 1: all ranked",
     )
 
 
@@ -171,7 +174,7 @@ def answer(
 
 
 def candidates(methods: Sequence[str], policies: Path | None, ranked_share: float | None = None) -> list[Candidate]:
-    """Registered methods, then every trained policy found, and each that ranks all tokens again with a smaller share.
+    """Registered methods, then every trained policy found, and each again with another ``ranked_share``.
 
     Raises:
         FileNotFoundError: the folder holds no policy.
@@ -185,10 +188,11 @@ def candidates(methods: Sequence[str], policies: Path | None, ranked_share: floa
             name, seed = path.parent.name.rsplit("-", 1)
             policy = RetentionPolicy.from_pretrained(path)
             found.append(Candidate(name, "score", policy, int(seed)))
-            if ranked_share is not None and policy.config.ranked_share == 1:
+            if ranked_share not in (None, policy.config.ranked_share):
                 again = RetentionPolicy.from_pretrained(path)
                 again.config = replace(again.config, ranked_share=ranked_share)
-                found.append(Candidate(f"{name}, even rest", "score", again, int(seed)))
+                rule = "all ranked" if ranked_share == 1 else f"best {ranked_share:.0%}"
+                found.append(Candidate(f"{name}, {rule}", "score", again, int(seed)))
     return found
 
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     world: ROOT / "train" / "configs" / file for world, file in (("drawn", "demo.toml"), ("footage", "footage.toml"))
 }
-# What --set changes against the world's configuration; "score" is the paper's method as it is served.
-EXACT = ["rollout.objective=budget-matched"]
+# What --set changes against the world's configuration; "score" is the paper's objective, as the demo serves it.
+EXACT = ["rollout.objective=budget-matched", "policy.ranked_share=1"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
     "no-residual": ["policy.use_residual=false"],
@@ -34,7 +34,7 @@ FAMILIES: dict[str, list[str]] = {
     "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
     "high-ratios": [*EXACT, "rollout.high_share=0.5"],
     "ratio-input": [*EXACT, "policy.ratio_input=true"],
-    "coverage": [*EXACT, "policy.ranked_share=0.04"],
+    "coverage": [EXACT[0], "policy.ranked_share=0.04"],
     "dense-start": [*EXACT, "stage.warmup.dense_steps=60"],
 }
 # footage.toml is budget-matched as it is.
@@ -44,7 +44,8 @@ FOOTAGE_FAMILIES: dict[str, list[str]] = {
     "score-no-residual": [*PAPER, "policy.use_residual=false"],
     "budget-matched": [],
     "no-residual": ["policy.use_residual=false"],
-    **{name: FAMILIES[name][1:] for name in ("leave-one-out", "high-ratios", "ratio-input", "coverage")},
+    **{name: FAMILIES[name][2:] for name in ("leave-one-out", "high-ratios", "ratio-input")},
+    "coverage": ["policy.ranked_share=0.04"],
     "dense-start": ["stage.main.dense_steps=40"],
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}

@@ -43,14 +43,10 @@ class WorldConfig(AnySource):
 
     Attributes:
         split: any name that the world accepts; empty for its default.
-        asks: of ``world``: kinds of questions, one of which per clip is asked in place of its caption.
     """
 
     kind: Literal["world", "world-pseudo"]
     split: str = ""
-    asks: tuple[Literal["colour", "shape", "direction", "place", "count", "flash", "order"], ...] = Field(
-        default=(), strict=False
-    )
 
 
 class CompositeConfig(AnySource):

@@ -175,7 +175,5 @@ def _open_world(spec: WorldConfig) -> SampleSource:
         options["split"] = spec.split
     if spec.limit:
         options["size"] = spec.limit
-    if spec.asks:
-        options["asks"] = spec.asks
     source: SampleSource = (world.PseudoWorldSource if spec.kind == "world-pseudo" else world.WorldSource)(**options)
     return source

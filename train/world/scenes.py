@@ -259,12 +259,10 @@ class WorldSource:
     Attributes:
         split: any name; ``held_out`` is the evaluation's and is refused.
         size: number of clips.
-        asks: kinds of questions, one of which per clip is asked in place of its caption.
     """
 
     split: str = "policy"
     size: int = 10_000
-    asks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.split == "held_out":
@@ -282,12 +280,8 @@ class WorldSource:
         return TrainingSample(f"world:{self.split}:{index}", render(scene).frames, FPS, *self.text(index))
 
     def text(self, index: int) -> tuple[str, str]:
-        """Prompt and caption of a clip, or question and answer, without drawing it."""
-        scene, asked = make_clip(self.split, index)
-        for question in asked:
-            if question.kind in self.asks:
-                return question.text, question.answer
-        return CAPTION_PROMPTS[0], caption(scene)
+        """Prompt and caption of a clip, without drawing it."""
+        return CAPTION_PROMPTS[0], caption(make_clip(self.split, index)[0])
 
     def questions(self, index: int) -> Sequence[tuple[str, str, str]]:
         """See :class:`~score_vllm.train.data.sample.AskingSource`."""
