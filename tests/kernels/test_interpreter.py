@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in PARITY.glob("test_*.py")))
-def test_parity_under_the_interpreter(file):
+def test_parity_under_the_interpreter(file, pytestconfig):
+    """Those of its tests that this run's own ``-m`` takes."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PARITY / file)]
+    command += ["-m", pytestconfig.getoption("markexpr")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0, report

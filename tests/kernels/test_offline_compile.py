@@ -184,8 +184,9 @@ def tokens_and_weights(
     return x, weights
 
 
-def slow_if_other(arch: int) -> Any:
-    return [pytest.mark.slow] if arch in ARCHITECTURES["other"] else []
+def slow_if(repeats: bool) -> Any:
+    """`make check` leaves out what repeats another case on a chip or type that takes the same way."""
+    return [pytest.mark.slow] if repeats else []
 
 
 def score_cases() -> list[Any]:
@@ -201,8 +202,10 @@ def score_cases() -> list[Any]:
                         continue
                     for aligned in (True, False) if config.tma and dtype == torch.bfloat16 else (True,):
                         label = f"{arch}-{TYPE_NAMES[dtype]}-{config.block_h}-{'aligned' if aligned else 'strided'}"
+                        repeats = name == "other" or dtype == torch.float16
+                        repeats |= not aligned and config is not table[0]
                         cases.append(
-                            pytest.param(arch, config, width, dtype, aligned, id=label, marks=slow_if_other(arch))
+                            pytest.param(arch, config, width, dtype, aligned, id=label, marks=slow_if(repeats))
                         )
     return cases
 
@@ -250,6 +253,7 @@ def test_the_main_loop_on_hopper_overlaps_loads_and_products(width, tiles, align
         assert loop.loads == 2 if aligned else loop.loads > 2
 
 
+@pytest.mark.slow
 def test_the_loop_that_subtracts_first_would_be_caught(launches):
     from score_vllm.kernels import score
 
@@ -264,7 +268,7 @@ def test_the_loop_that_subtracts_first_would_be_caught(launches):
 def residual_cases() -> list[Any]:
     return [
         pytest.param(
-            arch, itemsize, config.block_h, id=f"{arch}-{itemsize}-{config.block_h}", marks=slow_if_other(arch)
+            arch, itemsize, config.block_h, id=f"{arch}-{itemsize}-{config.block_h}", marks=slow_if(name == "other")
         )
         for (name, itemsize), table in configs.SCORE_CONFIGS.items()
         for arch in ARCHITECTURES[name]
@@ -292,7 +296,9 @@ def test_every_width_has_a_configuration(arch, width):
     assert config.block_h == min(width, 256 if arch == 90 else 128)
 
 
-@pytest.mark.parametrize(("d", "second"), [(16, "previous"), (48, "none"), (8192, "previous")])
+@pytest.mark.parametrize(
+    ("d", "second"), [pytest.param(16, "previous", marks=slow_if(True)), (48, "none"), (8192, "previous")]
+)
 def test_score_on_hopper_at_other_sizes(d, second, launches):
     from score_vllm.kernels import score
 
@@ -303,7 +309,7 @@ def test_score_on_hopper_at_other_sizes(d, second, launches):
     assert "wgmma.mma_async" in built.ptx
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=slow_if(True)), 90, pytest.param(100, marks=slow_if(True))])
 def test_selection_and_gather(arch, launches):
     x, weights = tokens_and_weights(torch.bfloat16, 512)
     with ops.force_backend("triton"):
@@ -326,6 +332,7 @@ def test_selection_and_gather(arch, launches):
         assert_clean(build(launch, arch), arch)
 
 
+@pytest.mark.slow
 def test_a_spilling_kernel_would_be_caught(launches):
     # The check itself: the epilogue without its splitting spills at this size, so the test above can fail.
     from dataclasses import replace

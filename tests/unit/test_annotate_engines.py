@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm")
+if importlib.util.find_spec("vllm") is None:  # found, not imported: that takes seconds of every worker
+    pytest.skip("vllm is not installed", allow_module_level=True)
 from score_vllm.client import Reply
 from score_vllm.models import offline
 from score_vllm.models.offline import EngineOptions, OfflineEngine, VideoRefused

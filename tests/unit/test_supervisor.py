@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytest.importorskip("vllm")
+if importlib.util.find_spec("vllm") is None:  # found, not imported: that takes seconds of every worker
+    pytest.skip("vllm is not installed", allow_module_level=True)
 pytestmark = pytest.mark.slow
 
 # Becomes supervised, starts an "engine" that ignores signals, writes both process ids, and then does what it is told.

@@ -9,16 +9,19 @@ from score_vllm import VideoGrid, positions
 from score_vllm.kernels import ops, reference
 from score_vllm.layout import grid_layout, interleaved_layout, sequential_layout
 
+# fp16 takes bf16's way: `make check` leaves it to `make test`.
+DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32]
+
 
 def parameters(d: int, h: int, device: torch.device) -> list[torch.Tensor]:
     given = torch.randn(h, 2 * d) / d**0.5, torch.randn(h), torch.randn(h), torch.randn(1)
     return [p.to(device) for p in given]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("grid", "t_factor"),
-    [(VideoGrid(1, 1, 1), 2.0), (VideoGrid(7, 3, 5), 25.3), (VideoGrid(3, 2, 300), 99_000.0), (VideoGrid(5, 17, 1), 0)],
+    [(VideoGrid(1, 1, 1), 2.0), (VideoGrid(7, 3, 5), 25.3), (VideoGrid(2, 1, 300), 99_000.0), (VideoGrid(5, 17, 1), 0)],
 )
 def test_gathered_digits_are_the_packed_positions(grid, t_factor, dtype, device, seed):
     x = torch.randn(grid.t, grid.tokens_per_frame, 48, device=device).to(dtype)
@@ -36,7 +39,7 @@ def test_gathered_digits_are_the_packed_positions(grid, t_factor, dtype, device,
     assert torch.equal(ops.gather(x, indices, packed), buffer)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [48, 1040])
 @pytest.mark.parametrize("kind", ["text", "newlines"])
 def test_structure_rows_stand_where_the_unpruned_span_has_them(kind, width, dtype, device, seed):
@@ -110,8 +113,8 @@ def test_gather_copies_rows_and_channels(d, channels, device, seed):
         assert torch.equal(ops.gather(x[::2, 1:], indices % 30), reference.gather(x[::2, 1:], indices % 30))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 16, 64), (4, 35, 48, 128), (1, 12, 80, 64), (9, 1, 48, 64), (3, 24, 64, 512)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16, 64), (4, 18, 48, 128), (1, 12, 80, 64), (9, 1, 48, 64), (3, 24, 64, 512)])
 def test_compress_agrees_with_its_parts_and_the_reference(shape, dtype, device, seed):
     t, n, d, h = shape
     x = torch.randn(t, n, d, device=device).to(dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from score_vllm.kernels import ops, reference
-from score_vllm.kernels.configs import ScoreConfig
+from score_vllm.kernels.configs import ScoreConfig, main_tiles
 
 # Small tiles, so that small inputs have several of them, whole and cut, and partly empty ones.
 SMALL = ScoreConfig(block_m=16, block_h=128, block_k=16, num_warps=4, num_stages=2)
@@ -20,12 +20,13 @@ SHAPES = [
     (1, 1, 16, 64),
     (1, 7, 48, 64),
     (6, 1, 48, 128),
-    (3, 37, 80, 256),
-    (2, 65, 272, 512),
+    (3, 22, 80, 256),
+    (2, 33, 144, 512),
     (4, 9, 50, 100),
     (2, 19, 48, 1024),
 ]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# fp16 takes bf16's way: `make check` leaves it to `make test`.
+DTYPES = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32]
 
 
 def make(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, form: str = "previous"):
@@ -86,13 +87,13 @@ def test_score_is_near_fp64(shape, dtype, form, device, seed):
 
 @pytest.mark.parametrize("form", ["previous", "residual"])
 @pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("num_sms", [1, 3, 1000])
-@pytest.mark.parametrize("config", [SMALL, WARPGROUP], ids=["small", "warpgroup"])
-def test_whole_and_cut_tiles_agree_bit_for_bit(config, num_sms, tma, form, device, seed):
+@pytest.mark.parametrize(("config", "n"), [(SMALL, 11), (WARPGROUP, 43)], ids=["small", "warpgroup"])
+def test_whole_and_cut_tiles_agree_bit_for_bit(config, n, tma, form, device, seed):
     from score_vllm.kernels import score as kernel
 
     # Small whole numbers make every sum exact, so that any difference is one of indexing or of order.
-    t, n, d, h = 5, 23, 48, 256
+    # Three token tiles, the last one nearly empty, by two tiles of the width.
+    t, d, h = 3, 48, 256
     x = torch.randint(-3, 4, (t, n, d), device=device).to(torch.bfloat16)
     w_in = torch.randint(-1, 2, (h, 2 * d), device=device) / 8
     w_out = torch.randn(h, device=device)
@@ -101,22 +102,24 @@ def test_whole_and_cut_tiles_agree_bit_for_bit(config, num_sms, tma, form, devic
     weights = ops.pack_weights(w_in, torch.zeros(h, device=device), w_out, torch.ones(1, device=device), x.dtype)
     assert weights.second == form
     config = replace(config, tma=tma)
-    partials = kernel.score_partials(x, weights, config, num_sms)
-    assert partials.shape == (h // 64, t * n)
     whole = kernel.score_partials(x, weights, replace(config, block_h=64), 1)
-    assert torch.equal(partials, whole)
-    assert error(partials.sum(0), exact(x, [w_in, weights.b_in, w_out, weights.b_out])) < 1e-4
+    assert error(whole.sum(0), exact(x, [w_in, weights.b_in, w_out, weights.b_out])) < 1e-4
+    for num_sms, uncut in ((1, 3), (4, 2), (1000, 0)):
+        assert main_tiles(t * n, h, config, num_sms) == uncut
+        partials = kernel.score_partials(x, weights, config, num_sms)
+        assert partials.shape == (h // 64, t * n)
+        assert torch.equal(partials, whole)
 
 
 def test_tokens_that_repeat_score_the_same_wherever_they_stand(device, seed):
     # A static video: every frame after the first must tie, or the tie rule means nothing.
     x, params = make((1, 13, 64, 256), torch.bfloat16, device)
-    scores = ops.score(x.expand(40, -1, -1).contiguous(), *params).view(40, 13)
+    scores = ops.score(x.expand(12, -1, -1).contiguous(), *params).view(12, 13)
     if device.type == "cuda":
-        assert torch.equal(scores[1:], scores[1].expand(39, -1))
+        assert torch.equal(scores[1:], scores[1].expand(11, -1))
     else:
         # The interpreter multiplies with numpy, and some of OpenBLAS's kernels round a row by where it stands.
-        torch.testing.assert_close(scores[1:], scores[1].expand(39, -1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores[1:], scores[1].expand(11, -1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
