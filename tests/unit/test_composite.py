@@ -115,7 +115,7 @@ def test_backgrounds_of_evaluation_are_whole_other_clips() -> None:
     assert len({item.digest for item in ITEMS}) == len(ITEMS)
     for split, part in (("held_out", "held_out"), ("policy", "policy"), ("anything", "policy")):
         source = CompositeSource(split)
-        assert {source.scene(i)[0].background for i in range(300)} <= parts[part]
+        assert {source.scene(i)[0].background for i in range(100)} <= parts[part]
 
 
 def test_a_source_of_training(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

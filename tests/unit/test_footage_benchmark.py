@@ -21,8 +21,10 @@ from score_vllm.train.world.reader import ARCHITECTURE, Projector, save_projecto
 
 
 def lucky(logits: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    """Half of the questions at least, by what an untrained reader makes of them."""
     count = int(packed.owners.max()) + 1
-    return torch.zeros(count).index_add_(0, packed.owners, logits[:, 0]) > 0
+    found = torch.zeros(count).index_add_(0, packed.owners, logits[:, 0])
+    return found >= found.median()
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         frames = np.random.default_rng(len(item.name)).integers(0, 255, (3, 120, 120, 3), np.uint8)
         np.save(tmp_path / "footage" / "backgrounds" / f"{item.name}.npy", frames)
     demo.build_model(tmp_path / "reader", dtype="float32")
+    torch.manual_seed(0)
     projector = Projector(demo.TEXT_CONFIG["hidden_size"])
     projector.mean.fill_(0.5)
     projector.scale.copy_(torch.linspace(0.5, 2, WIDTH))
