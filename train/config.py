@@ -201,8 +201,6 @@ class StageSettings(Settings):
 
     Attributes:
         steps: optimiser steps.
-        dense_steps: of these the first, which learn from the gradient of the cross-entropy at every token instead of
-            rollouts (not in the paper).
         tau: tolerance of eq. 5; 1.01 in the paper's warm-up, 1.02 after it.
         min_frames, max_frames: a sample with fewer or more is skipped, counted and named.
         sources: what is read, mixed by weight.
@@ -211,7 +209,6 @@ class StageSettings(Settings):
     """
 
     steps: int = Field(default=1000, ge=1)
-    dense_steps: int = Field(default=0, ge=0)
     tau: float = Field(default=1.02, ge=1, le=10)
     min_frames: int = Field(default=1, ge=1)
     max_frames: int = Field(default=128, ge=1, le=65536)
@@ -261,8 +258,6 @@ class TrainSettings(Settings):
             raise ValueError("stage must hold at least one stage: a table [stage.NAME]")
         if self.clips and self.model.shard != "none":
             raise ValueError(f"clips can only be described by a whole model: model.shard = {self.model.shard!r}")
-        if self.model.shard != "none" and any(stage.dense_steps for stage in self.stage.values()):
-            raise ValueError(f"dense_steps must be 0 where model.shard = {self.model.shard!r}")
         if self.policy.ratio_input and self.rollout.objective != "budget-matched":
             raise ValueError("policy.ratio_input must be false where rollout.objective is not 'budget-matched'")
         return self

@@ -131,38 +131,6 @@ def sample_step(
     return SampleResult(list(gradients), torch.tensor([float(v) for v in values], dtype=torch.float64))
 
 
-def dense_step(policy: RetentionPolicy, engine: Engine, item: CachedSample) -> SampleResult:
-    """A step of the dense warm start: cross-entropy from the softmax of the logits to the tokens' importance.
-
-    Not the paper's. One backward pass through the frozen model replaces the rollouts; nothing is known of subsets.
-
-    Args:
-        policy, engine, item: as of :func:`sample_step`.
-
-    Returns:
-        As of :func:`sample_step`; metrics of rollouts are zero.
-    """
-    encoded = item.encoded
-    parameters = list(policy.parameters())
-    logits = policy(encoded.x.to(parameters[0].device)).flatten()
-    target = engine.importance(encoded).to(logits.device)
-    loss = -(target / target.sum() * torch.log_softmax(logits, dim=0)).sum()
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
-    if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):
-        return _problem(parameters, f"{encoded.key}: the loss {float(loss.detach())} or its gradient is not finite")
-    found = {
-        "loss": loss.detach(),
-        "ce": item.ce_base,
-        "ce_base": item.ce_base,
-        "entropy": choice_entropy(logits.detach()),
-        "choice_entropy": choice_entropy(logits.detach()),
-        "logit_spread": logits.detach().std(correction=0),
-        "tokens": encoded.num_tokens + encoded.num_text_tokens,
-    }
-    values = [float(found.get(name, 0.0)) for name in METRICS]
-    return SampleResult(list(gradients), torch.tensor(values, dtype=torch.float64))
-
-
 def _problem(parameters: list[torch.nn.Parameter], text: str) -> SampleResult:
     nothing = torch.zeros(len(METRICS), dtype=torch.float64)
     return SampleResult([torch.zeros_like(p) for p in parameters], nothing, text)

@@ -22,7 +22,7 @@ from score_vllm.train.objective.rollout import noise_generator
 from score_vllm.train.optimizer import learning_rate_factor, make_optimizer
 from score_vllm.train.provenance import provenance
 from score_vllm.train.schema import ConfigurationError
-from score_vllm.train.step import METRICS, dense_step, sample_step
+from score_vllm.train.step import METRICS, sample_step
 from score_vllm.train.stopping import CollapseWatch, StopSignal, TrainingStoppedError
 from score_vllm.train.tracking import LOG_NAME, RunLog, start_trackers
 
@@ -181,8 +181,7 @@ class Trainer:
                 self.step += 1
                 values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
                 self._report(stage, values, len(data.broken), log, bar)
-                if number >= stage.dense_steps:
-                    self._collapse.check(values, exact=self.settings.rollout.objective == "budget-matched")
+                self._collapse.check(values, exact=self.settings.rollout.objective == "budget-matched")
                 every = self.settings.checkpoint.every
                 if stop or number + 1 == stage.steps or (every and self.step % every == 0):
                     self._save(stage, number + 1)
@@ -207,11 +206,8 @@ class Trainer:
         problems = 0
         for place, slot in enumerate(slots):
             item = data.prepare(slot, [*slots[place + 1 :], *upcoming])
-            if number < stage.dense_steps:
-                result = dense_step(self.policy, self.engine, item)
-            else:
-                generator = noise_generator(self.settings.seed, stage.name, slot)
-                result = sample_step(self.policy, self.engine, item, self.settings.rollout, stage.tau, generator)
+            generator = noise_generator(self.settings.seed, stage.name, slot)
+            result = sample_step(self.policy, self.engine, item, self.settings.rollout, stage.tau, generator)
             total += torch.cat([g.flatten() for g in result.gradients]).double()
             metrics += result.metrics
             if result.problem:

@@ -35,7 +35,6 @@ FAMILIES: dict[str, list[str]] = {
     "high-ratios": [*EXACT, "rollout.high_share=0.5"],
     "ratio-input": [*EXACT, "policy.ratio_input=true"],
     "coverage": [EXACT[0], "policy.ranked_share=0.04"],
-    "dense-start": [*EXACT, "stage.warmup.dense_steps=60"],
 }
 # footage.toml is budget-matched as it is.
 PAPER = ["rollout.objective=paper"]
@@ -46,7 +45,6 @@ FOOTAGE_FAMILIES: dict[str, list[str]] = {
     "no-residual": ["policy.use_residual=false"],
     **{name: FAMILIES[name][2:] for name in ("leave-one-out", "high-ratios", "ratio-input")},
     "coverage": ["policy.ranked_share=0.04"],
-    "dense-start": ["stage.main.dense_steps=40"],
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}
 

@@ -108,15 +108,6 @@ def test_the_policy_learns_which_tokens_matter(tmp_path: Path, objective: str, o
     assert sum(s["ce_gap"] for s in steps[-20:]) < 0.5 * sum(s["ce_gap"] for s in steps[:20])
 
 
-def test_a_dense_start_learns_without_rollouts(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, "stage.main.steps=61", "stage.main.dense_steps=60")
-    train(settings, engine := ToyEngine(), only="main", source=ToySource(200))
-    assert engine.base_calls == 61, "all tokens once a sample, and rollouts in the last step alone"
-    steps = [line for line in log_of(tmp_path / "run") if line["event"] == "step"]
-    assert [step["ce_spread"] > 0 for step in steps] == [False] * 60 + [True]
-    assert auc(RetentionPolicy.from_pretrained(tmp_path / "run" / "policy")) > 0.95
-
-
 def test_artefacts_and_log(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     train(settings)

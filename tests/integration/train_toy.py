@@ -98,9 +98,6 @@ class ToyEngine:
         missing = torch.stack([1 - important[k].sum() / IMPORTANT for k in kept])
         return 1 + 0.5 * missing
 
-    def importance(self, encoded: EncodedSample) -> torch.Tensor:
-        return tokens_of(encoded.key)[1].float()
-
     def finish_step(self) -> None:
         """Nothing is shared."""
 

@@ -92,8 +92,6 @@ class Engine(Protocol):
 
     def cross_entropy(self, encoded: EncodedSample, kept: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
-    def importance(self, encoded: EncodedSample) -> torch.Tensor: ...
-
     def finish_step(self) -> None:
         """Called by every process once its passes of a step are done."""
 
@@ -304,14 +302,6 @@ class FrozenVLM:
         Arguments and errors as of :meth:`cross_entropy`.
         """
         return self._answer_means(encoded, kept, _hits) == 1
-
-    def importance(self, encoded: EncodedSample) -> torch.Tensor:
-        """Norm of the gradient of the target's cross-entropy at each visual token, all kept: [T * N] float32."""
-        with torch.enable_grad():
-            x = encoded.x.to(self.device).clone().requires_grad_()
-            ce = self._run(replace(encoded, x=x), [torch.arange(encoded.num_tokens)], _cross_entropies)
-            (gradient,) = torch.autograd.grad(ce.sum(), x)
-        return gradient.float().norm(dim=-1).flatten()
 
     def finish_step(self) -> None:
         """Let other processes finish their forward passes; does nothing where each has the whole model."""
