@@ -187,6 +187,7 @@ def train_language(
     num_blocks: int = 10,
     seed: int = 0,
     easy_share: float = 0.45,
+    easy_counts: tuple[float, float] = (0.08, 0.3),
     minutes: float = math.inf,
     report: Any = print,
     project: Project = as_they_are,
@@ -205,7 +206,7 @@ def train_language(
         batch, num_blocks: clips a step, and questions a clip.
         max_tokens: visual tokens a step; where more would be kept, it has fewer clips.
         seed: of everything random.
-        easy_share: share of the steps that show short sequences, mostly of things.
+        easy_share: share of the steps that show short sequences of things: ``easy_counts`` of all tokens.
         minutes: stop after this long, with the schedule squeezed to fit.
         report: called with a line of text.
         project, t_factors: see :func:`forward`; each step draws one of the latter, held-out clips get the first.
@@ -248,7 +249,7 @@ def train_language(
         draw = rng.random()
         if done < easy_share or draw < 0.35:
             # From blind draws to things alone: whoever selects, the model has met the like.
-            low, high, lead = (0.08, 0.3, 0.9) if done < easy_share else (0.05, 0.5, float(rng.uniform(0, 1)))
+            low, high, lead = (*easy_counts, 0.9) if done < easy_share else (0.05, 0.5, float(rng.uniform(0, 1)))
             count = int(np.exp(rng.uniform(np.log(low), np.log(high))) * total)
             kept = [keep(clip, count, lead, generator) for clip in clips]
         elif draw < 0.5:

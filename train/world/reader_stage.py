@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from score_vllm import demo
@@ -28,9 +29,9 @@ from score_vllm.train.world.composite_source import CompositeSource, paint
 from score_vllm.train.world.dinov2 import FootageEncoder
 from score_vllm.train.world.footage import FOLDER, backgrounds
 from score_vllm.train.world.language_stage import Clip, Words, accuracy, train_language
-from score_vllm.train.world.reader import Projector, save_projector
+from score_vllm.train.world.reader import PROJECTOR, Projector, record_of, save_projector
 from score_vllm.train.world.scenes import CAPTION_PROMPTS
-from score_vllm.train.world.vlm import TEXT_CONFIG, VISION_CONFIG, initialise_language, tqdm_print
+from score_vllm.train.world.vlm import TEXT_CONFIG, VISION_CONFIG, initialise_language, load_language, tqdm_print
 from score_vllm.types import VideoGrid
 
 # Clips whose texts make the vocabulary.
@@ -46,7 +47,8 @@ READER_CONFIG: dict[str, Any] = TEXT_CONFIG | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-BATCH, MAX_TOKENS, BLOCKS = 8, 2048, 6
+EASY_COUNTS = (0.03, 0.2)
+BATCH, MAX_TOKENS, BLOCKS = 10, 2048, 10
 # Weight of tokens that show only the footage, against one of the others.
 GROUND_WEIGHT = 0.15
 
@@ -76,7 +78,8 @@ def read_clips(encoder: FootageEncoder, source: CompositeSource) -> tuple[list[C
         changed = torch.cat([changed.new_zeros(1, changed.shape[1]), changed]).flatten()
         rank = changed.argsort().argsort().float() / (len(changed) - 1)
         # Above the median not much is different: what stands out of it is what changed.
-        leans = ((labels > 0).float(), (rank * 4 - 3).clamp(min=0))
+        came = torch.from_numpy(painted.came.reshape(-1)).float()
+        leans = (came, came, (labels > 0).float(), (rank * 4 - 3).clamp(min=0))
         clips.append(
             Clip(
                 x.flatten(0, 1),
@@ -154,7 +157,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(staging, dtype=torch.float32)
         initialise_language(model, args.seed)
         projector = Projector(READER_CONFIG["hidden_size"])
-        seen = train_projector(projector, pool, shown, args.projector_steps, args.seed)
+        if args.reader_from:
+            load_language(model, args.reader_from)
+            projector.load_state_dict(load_file(Path(args.reader_from) / PROJECTOR))
+            seen = record_of(args.reader_from)["token_accuracy"]
+        else:
+            seen = train_projector(projector, pool, shown, args.projector_steps, args.seed)
         words = Words(tokenizer)
         train_language(
             model,
@@ -167,6 +175,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             max_tokens=MAX_TOKENS,
             num_blocks=BLOCKS,
             easy_share=args.easy_share,
+            easy_counts=EASY_COUNTS,
             seed=args.seed,
             minutes=args.minutes,
             report=tqdm_print,
@@ -184,7 +193,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             "validation_accuracy": shares,
             "gate": GATE,
             "passed": shares["1.0"]["all"] >= shares["0.0"]["all"] + GATE,
-            "arguments": {key: value for key, value in vars(args).items() if key not in ("output", "footage")},
+            "arguments": {
+                key: value for key, value in vars(args).items() if key not in ("output", "footage", "reader_from")
+            },
             "minutes": {
                 "clips": round((encoded - started) / 60, 1),
                 "training": round((time.monotonic() - encoded) / 60, 1),
@@ -209,13 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="directory of the checkpoint; replaced")
     parser.add_argument("--footage", type=Path, default=Path(FOLDER), help=f"default: {FOLDER}")
     parser.add_argument("--max-gib", type=float, default=8.0, help="most that features may take on disk")
+    parser.add_argument("--reader-from", help="go on from this reader")
     parser.add_argument("--clips", type=int, default=1400)
     parser.add_argument("--validation", type=int, default=96, help="clips on other backgrounds")
     parser.add_argument("--projector-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of the language model, at most")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--easy-share", type=float, default=0.45, help="short sequences first")
+    parser.add_argument("--easy-share", type=float, default=0.4, help="short sequences first")
     parser.add_argument("--seed", type=int, default=0)
     try:
         record = train(parser.parse_args(arguments))
