@@ -1,9 +1,10 @@
 """Trains the reader of real footage: ``python -m score_vllm.train.world.reader_stage --output runs/reader``.
 
-First the projector learns what single tokens show (a shape and its colour, a letter, or the footage), static
-look-alikes included: never whether that is an event. Then it and the language model learn captions and questions from
-random subsets of many kinds: blind, leaning to tokens that show something, leaning to tokens that changed, lower frame
-rates, and everything. The reader must answer 20 points more with all tokens than with none on other backgrounds.
+First the projector learns what single tokens show: a shape and its colour, a letter, or the footage. Then it and the
+language model learn captions and questions from random subsets of many kinds: blind, leaning to tokens of events, to
+tokens that show any shape or letter, or to tokens that changed, lower frame rates, and everything. So labels are used of
+what tokens show and of which belong to events; nothing says so to a policy. The reader must answer 20 points more with
+all tokens than with none on other backgrounds.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def read_clips(encoder: FootageEncoder, source: CompositeSource) -> tuple[list[C
         changed = (x[1:] - x[:-1]).float().norm(dim=-1)
         changed = torch.cat([changed.new_zeros(1, changed.shape[1]), changed]).flatten()
         rank = changed.argsort().argsort().float() / (len(changed) - 1)
-        # Above the median not much is different: what stands out of it is what changed.
+        # What changed is the top quarter; tokens of events count twice.
         came = torch.from_numpy(painted.came.reshape(-1)).float()
         leans = (came, came, (labels > 0).float(), (rank * 4 - 3).clamp(min=0))
         clips.append(
