@@ -2,9 +2,9 @@
 
 First the projector learns what single tokens show: a shape and its colour, a letter, or the footage. Then it and the
 language model learn captions and questions from random subsets of many kinds: blind, leaning to tokens of events, to
-tokens that show any shape or letter, or to tokens that changed, lower frame rates, and everything. So labels are used of
-what tokens show and of which belong to events; nothing says so to a policy. The reader must answer 20 points more with
-all tokens than with none on other backgrounds.
+tokens that show any shape or letter, or to tokens that changed, lower frame rates, and everything. So labels are used
+of what tokens show and of which belong to events; nothing says so to a policy. The reader must answer 20 points more
+with all tokens than with none on other backgrounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from score_vllm.train.world.composite_source import CompositeSource, paint
 from score_vllm.train.world.dinov2 import FootageEncoder
 from score_vllm.train.world.footage import FOLDER, backgrounds
 from score_vllm.train.world.language_stage import Clip, Words, accuracy, train_language
-from score_vllm.train.world.reader import PROJECTOR, Projector, record_of, save_projector
+from score_vllm.train.world.reader import PROJECTOR, Projector, save_projector
 from score_vllm.train.world.scenes import CAPTION_PROMPTS
 from score_vllm.train.world.vlm import TEXT_CONFIG, VISION_CONFIG, initialise_language, load_language, tqdm_print
 from score_vllm.types import VideoGrid
@@ -48,7 +48,7 @@ READER_CONFIG: dict[str, Any] = TEXT_CONFIG | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-EASY_COUNTS = (0.03, 0.2)
+EASY_COUNTS, FULL_SHARE = (0.03, 0.2), 0.2
 BATCH, MAX_TOKENS, BLOCKS = 10, 2048, 10
 # Weight of tokens that show only the footage, against one of the others.
 GROUND_WEIGHT = 0.15
@@ -66,65 +66,66 @@ def corpus() -> Iterator[str]:
         yield from (*CAPTION_PROMPTS, "system\nYou are a helpful assistant.", "user\n", "assistant\n")
 
 
-def read_clips(encoder: FootageEncoder, source: CompositeSource) -> tuple[list[Clip], list[torch.Tensor]]:
-    """Encoded clips of a source, and the class that every token shows, [T * N] int64 each."""
+def read_clips(encoder: FootageEncoder, source: CompositeSource) -> list[Clip]:
+    """Encoded clips of a source."""
     frames = backgrounds(source.path, source.part)
-    clips, shown = [], []
+    clips = []
     for index in tqdm(range(len(source)), desc=f"{source.split} clips", unit="clip", mininterval=10):
         scene, _ = source.scene(index)
         painted = paint(scene, frames)
         x = encoder.encode(painted.frames).x
-        labels = torch.from_numpy(painted.shown.reshape(-1)).long()
+        shown = torch.from_numpy(painted.shown.reshape(-1)).long()
         changed = (x[1:] - x[:-1]).float().norm(dim=-1)
         changed = torch.cat([changed.new_zeros(1, changed.shape[1]), changed]).flatten()
         rank = changed.argsort().argsort().float() / (len(changed) - 1)
-        # What changed is the top quarter; tokens of events count twice.
         came = torch.from_numpy(painted.came.reshape(-1)).float()
-        leans = (came, came, (labels > 0).float(), (rank * 4 - 3).clamp(min=0))
-        clips.append(
-            Clip(
-                x.flatten(0, 1),
-                leans,
-                VideoGrid(len(x), GRID, GRID),
-                caption(scene),
-                partial(questions, scene),
-            )
-        )
-        shown.append(labels)
-    return clips, shown
+        # What changed is the top quarter; tokens of events count twice.
+        leans = (came, came, (shown > 0).float(), (rank * 4 - 3).clamp(min=0))
+        grid = VideoGrid(len(x), GRID, GRID)
+        clips.append(Clip(x.flatten(0, 1), leans, grid, caption(scene), partial(questions, scene), shown))
+    return clips
 
 
-def train_projector(
-    projector: Projector, clips: Sequence[Clip], shown: Sequence[torch.Tensor], steps: int, seed: int = 0
-) -> float:
-    """Mean and scale of the channels, then what single tokens show; returns the accuracy where there is something."""
+class Looks(torch.nn.Module):
+    """Names what single tokens show, from the projector's rows."""
+
+    def __init__(self, projector: Projector) -> None:
+        super().__init__()
+        self.projector = projector
+        self.head = torch.nn.Linear(projector.row.shape[1], CLASSES)
+        self.right = 0.0
+
+    def forward(self, clips: Sequence[Clip], kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy over kept tokens; ``right`` follows the accuracy where there is something."""
+        x = torch.cat([clip.x[k] for clip, k in zip(clips, kept, strict=True)]).float()
+        shown = torch.cat([clip.shown[k] for clip, k in zip(clips, kept, strict=True) if clip.shown is not None])
+        logits = self.head(self.projector.looks(x))
+        there = shown > 0
+        if bool(there.any()):
+            hit = float((logits.argmax(-1) == shown)[there].float().mean())
+            self.right += 0.02 * (hit - self.right)
+        weights = torch.tensor([GROUND_WEIGHT] + [1.0] * (CLASSES - 1))
+        return torch.nn.functional.cross_entropy(logits, shown, weight=weights)
+
+
+def train_projector(looks: Looks, clips: Sequence[Clip], steps: int, seed: int = 0) -> None:
+    """Mean and scale of the channels, then what single tokens show."""
+    projector = looks.projector
     some = torch.cat([clip.x for clip in clips[:: max(1, len(clips) // 200)]]).float()
     projector.mean.copy_(some.mean(0))
     projector.scale.copy_(some.std(0))
-    width = projector.row.shape[1]
-    head = torch.nn.Linear(width, CLASSES)
-    parameters = [*projector.inner.parameters(), *projector.norm.parameters(), *head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02)
+    optimiser = torch.optim.AdamW([p for p in looks.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
-    weights = torch.tensor([GROUND_WEIGHT] + [1.0] * (CLASSES - 1))
     generator = torch.Generator().manual_seed(seed)
-    right = 0.0
     bar = tqdm(range(steps), desc="projector", unit="step", mininterval=10)
-    for step in bar:
-        chosen = torch.randint(len(clips), (8,), generator=generator)
-        x = torch.cat([clips[i].x for i in chosen]).float()
-        labels = torch.cat([shown[i] for i in chosen])
-        logits = head(projector.looks(x))
-        loss = torch.nn.functional.cross_entropy(logits, labels, weight=weights)
+    for _ in bar:
+        chosen = [clips[i] for i in torch.randint(len(clips), (8,), generator=generator)]
+        loss = looks(chosen, [torch.arange(len(clip.x)) for clip in chosen])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        there = labels > 0
-        hit = float((logits.argmax(-1) == labels)[there].float().mean())
-        right = hit if step == 0 else 0.98 * right + 0.02 * hit
-        bar.set_postfix(right=f"{right:.3f}", refresh=False)
-    return right
+        bar.set_postfix(right=f"{looks.right:.3f}", refresh=False)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,8 +135,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     torch.manual_seed(args.seed)
     encoder = FootageEncoder(args.footage, args.max_gib)
-    pool, shown = read_clips(encoder, CompositeSource("reader", args.clips, str(args.footage)))
-    held, _ = read_clips(encoder, CompositeSource("validation", args.validation, str(args.footage)))
+    pool = read_clips(encoder, CompositeSource("reader", args.clips, str(args.footage)))
+    held = read_clips(encoder, CompositeSource("validation", args.validation, str(args.footage)))
     encoded = time.monotonic()
     output = Path(args.output)
     staging = output.with_name(f".{output.name}-{os.getpid()}")
@@ -158,12 +159,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(staging, dtype=torch.float32)
         initialise_language(model, args.seed)
         projector = Projector(READER_CONFIG["hidden_size"])
+        looks = Looks(projector)
         if args.reader_from:
             load_language(model, args.reader_from)
             projector.load_state_dict(load_file(Path(args.reader_from) / PROJECTOR))
-            seen = record_of(args.reader_from)["token_accuracy"]
-        else:
-            seen = train_projector(projector, pool, shown, args.projector_steps, args.seed)
+        train_projector(looks, pool, args.projector_steps, args.seed)
         words = Words(tokenizer)
         train_language(
             model,
@@ -177,11 +177,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             num_blocks=BLOCKS,
             easy_share=args.easy_share,
             easy_counts=EASY_COUNTS,
+            full_share=FULL_SHARE,
             seed=args.seed,
             minutes=args.minutes,
             report=tqdm_print,
             project=projector,
-            also=list(projector.parameters()),
+            also=list(looks.parameters()),
+            beside=looks,
             t_factors=T_FACTORS,
         )
         how: dict[str, Any] = {"project": projector, "t_factor": T_FACTORS[0]}
@@ -189,7 +191,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         record = {
             "footage": str(args.footage),
             "fps": FPS,
-            "token_accuracy": seen,
+            "token_accuracy": looks.right,
             # By share of tokens kept at random; "0.0" is blind.
             "validation_accuracy": shares,
             "gate": GATE,
