@@ -206,7 +206,7 @@ def summarise(name: str, ratio: float, runs: Sequence[dict[str, Any]], vanilla: 
         "achieved_ratio": statistics.mean(run["achieved"] for run in runs),
         "accuracy": statistics.mean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "of_vanilla": statistics.mean(values) / vanilla,
+        "of_vanilla": statistics.mean(values) / vanilla if vanilla else None,
         "cross_entropy": statistics.mean(run["loss"] for run in runs),
         "kinds": {kind: statistics.mean(run["kinds"][kind] for run in runs) for kind in kinds},
         "seeds": {str(run["seed"]): run["accuracy"] for run in runs if run["seed"] is not None},
