@@ -48,7 +48,7 @@ def binned(label: str, steps: Sequence[float], values: Sequence[float | None], c
 
 def short(value: float) -> str:
     """A number for an axis."""
-    return f"{value:,.4g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:,.4g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2g}".replace("e-0", "e-")
 
 
 def percent(value: float) -> str:

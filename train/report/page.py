@@ -66,7 +66,7 @@ def verdicts(findings: Findings) -> list[str]:
         best = min((m for m in METHODS if m != "score"), key=lambda m: _mean(findings.cross_entropy[m, ratio]))
         mean, error = paired(mine, findings.cross_entropy[best, ratio])
         clear = error is not None and abs(mean) > CLEAR * error
-        word = ("behind" if mean > 0 else "ahead of") if clear else "level with"
+        word = "beside" if error is None else "level with" if not clear else "behind" if mean > 0 else "ahead of"
         said.append(
             f"At {percent(ratio)}: {_mean(mine):.3f} nats per token, {word} the best baseline here, {best} "
             f"({_signed(mean, error)}); all tokens {_mean(findings.cross_entropy[ALL]):.3f}."
@@ -207,7 +207,7 @@ def _grid(charts: Iterable[str]) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], plain: bool = False) -> str:
-    head = "" if plain else f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>"
+    head = "" if plain else f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr></thead>"
     body = "".join(
         f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
