@@ -23,10 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     world: ROOT / "train" / "configs" / file for world, file in (("drawn", "demo.toml"), ("footage", "footage.toml"))
 }
-# What --set changes against the world's configuration; "score" is the paper's objective, as the demo serves it.
-EXACT = ["rollout.objective=budget-matched", "policy.ranked_share=1"]
+# What --set changes against the world's configuration; "score" is what the demo serves, "paper" the paper's method.
+EXACT = ["policy.ranked_share=1", "rollout.ratio_min=0.06", "rollout.ratio_max=0.5"]
+PAPER = ["rollout.objective=paper"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
+    "paper": [*PAPER, "policy.ranked_share=1"],
     "no-residual": ["policy.use_residual=false"],
     # As many steps as the others' two stages together.
     "pseudo-only": ["stage.warmup.steps=1150"],
@@ -34,16 +36,14 @@ FAMILIES: dict[str, list[str]] = {
     "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
     "high-ratios": [*EXACT, "rollout.high_share=0.5"],
     "ratio-input": [*EXACT, "policy.ratio_input=true"],
-    "coverage": [EXACT[0], "policy.ranked_share=0.04"],
+    "coverage": ["policy.ranked_share=0.04", *EXACT[1:]],
 }
-# footage.toml is budget-matched as it is.
-PAPER = ["rollout.objective=paper"]
 FOOTAGE_FAMILIES: dict[str, list[str]] = {
     "score": PAPER,
     "score-no-residual": [*PAPER, "policy.use_residual=false"],
     "budget-matched": [],
     "no-residual": ["policy.use_residual=false"],
-    **{name: FAMILIES[name][2:] for name in ("leave-one-out", "high-ratios", "ratio-input")},
+    **{name: FAMILIES[name][3:] for name in ("leave-one-out", "high-ratios", "ratio-input")},
     "coverage": ["policy.ranked_share=0.04"],
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}
