@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_the_table_of_real_footage(world: Path, capsys: pytest.CaptureFixture[st
     text = block.part(document, output.name)
     assert "over the best method without training" in text
     assert "no tokens" in text
+    ranked = load_blocks()["leaderboard"].render({output.name: document})
+    assert re.search(r"\| *\d \| *budget-matched \| trained, 2 seeds \|", ranked)
     assert "budget-matched" in capsys.readouterr().out
 
 
