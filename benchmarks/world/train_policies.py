@@ -28,10 +28,11 @@ EXACT = ["policy.ranked_share=1", "rollout.ratio_min=0.06", "rollout.ratio_max=0
 PAPER = ["rollout.objective=paper"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
-    "paper": [*PAPER, "policy.ranked_share=1"],
     "no-residual": ["policy.use_residual=false"],
+    "paper": [*PAPER, "policy.ranked_share=1"],
+    "paper-no-residual": [*PAPER, "policy.ranked_share=1", "policy.use_residual=false"],
     # As many steps as the others' two stages together.
-    "pseudo-only": ["stage.warmup.steps=1150"],
+    "paper-pseudo-only": [*PAPER, "policy.ranked_share=1", "stage.warmup.steps=1150"],
     "budget-matched": EXACT,
     "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
     "high-ratios": [*EXACT, "rollout.high_share=0.5"],
@@ -52,7 +53,7 @@ WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}
 def command(world: str, family: str, seed: int, output: Path, extra: list[str]) -> list[str]:
     """The call that trains one policy; see ``python -m score_vllm.train --help``."""
     call = [sys.executable, "-m", "score_vllm.train", "--config", str(CONFIGS[world])]
-    if family == "pseudo-only":
+    if family == "paper-pseudo-only":
         call += ["--stage", "warmup"]
     # All families meet the same clips: encoded once, shared on disk.
     shared = ["cache.kind=disk", f"cache.directory={output.parent / 'features'}", "cache.max_gib=4"]
