@@ -18,8 +18,6 @@ from score_vllm.near_miss import near_miss
 from score_vllm.train.data.config import SourceConfig
 from score_vllm.train.schema import ConfigurationError, Settings, assign, build, parse_override, read_toml
 
-# Where the ratios of ``high_share`` begin.
-HIGH_RATIO = 0.3
 # Written for a run on own clips, and read by its sources of these kinds.
 OWN_FILES = {"jsonl": "clips.jsonl", "stills": "stills.jsonl"}
 OWN_HELD_OUT = "held_out.jsonl"
@@ -76,7 +74,6 @@ class RolloutSettings(Settings):
         group_size: K rollouts per video.
         max_rollout_tokens: most tokens, padding included, that run through the language model at once.
         ratio_min, ratio_max: range of the ratios of ``budget-matched``, drawn log-uniformly.
-        high_share: share of the ratios that are drawn uniformly from 0.3 to ``ratio_max`` instead.
     """
 
     objective: Literal["paper", "budget-matched"] = "paper"
@@ -85,14 +82,11 @@ class RolloutSettings(Settings):
     max_rollout_tokens: int = Field(default=8192, ge=1)
     ratio_min: float = Field(default=0.06, gt=0, le=1)
     ratio_max: float = Field(default=0.5, gt=0, le=1)
-    high_share: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.ratio_min > self.ratio_max:
             raise ValueError(f"ratio_min must be <= ratio_max = {self.ratio_max!r}, got {self.ratio_min!r}")
-        if self.high_share and self.ratio_max < HIGH_RATIO:
-            raise ValueError(f"high_share must be 0 where ratio_max < {HIGH_RATIO}, got {self.high_share!r}")
         return self
 
 

@@ -8,7 +8,7 @@ import torch
 
 from score_vllm.budget import num_retained_tokens
 from score_vllm.policy import RetentionPolicy
-from score_vllm.train.config import HIGH_RATIO, RolloutSettings
+from score_vllm.train.config import RolloutSettings
 from score_vllm.train.frozen.feature_cache import CachedSample
 from score_vllm.train.frozen.model import Engine
 from score_vllm.train.objective.loss import bernoulli_entropy, choice_entropy, policy_loss
@@ -80,7 +80,7 @@ def sample_step(
     exact = settings.objective == "budget-matched"
     ratio = None
     if exact:
-        ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator, HIGH_RATIO, settings.high_share)
+        ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator)
     logits = policy(encoded.x.to(parameters[0].device), ratio).flatten()
     if not bool(torch.isfinite(logits).all()):
         return _problem(parameters, f"{encoded.key}: the policy's logits are not finite: its weights or its inputs are")

@@ -35,7 +35,6 @@ FAMILIES: dict[str, list[str]] = {
     "paper-pseudo-only": [*PAPER, "policy.ranked_share=1", "stage.warmup.steps=1150"],
     "budget-matched": EXACT,
     "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
-    "high-ratios": [*EXACT, "rollout.high_share=0.5"],
     "ratio-input": [*EXACT, "policy.ratio_input=true"],
     "coverage": ["policy.ranked_share=0.04", *EXACT[1:]],
 }
@@ -44,7 +43,7 @@ FOOTAGE_FAMILIES: dict[str, list[str]] = {
     "score-no-residual": [*PAPER, "policy.use_residual=false"],
     "budget-matched": [],
     "no-residual": ["policy.use_residual=false"],
-    **{name: FAMILIES[name][3:] for name in ("leave-one-out", "high-ratios", "ratio-input")},
+    **{name: FAMILIES[name][3:] for name in ("leave-one-out", "ratio-input")},
     "coverage": ["policy.ranked_share=0.04"],
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}

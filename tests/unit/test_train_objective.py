@@ -176,17 +176,6 @@ def test_ratios_are_log_uniform() -> None:
     assert abs(float((drawn < halfway).float().mean()) - 0.5) < 0.03
 
 
-def test_a_share_of_the_ratios_is_uniform_above() -> None:
-    drawn = torch.tensor([draw_ratio(0.06, 0.5, noise_generator(0, "s", i), 0.3, 0.5) for i in range(4000)])
-    assert drawn.min() >= 0.06
-    assert drawn.max() <= 0.5
-    above = math.log(0.5 / 0.3) / math.log(0.5 / 0.06)  # of the log-uniform ones
-    assert abs(float((drawn > 0.3).float().mean()) - 0.5 * (1 + above)) < 0.03
-    assert 0.385 < float(drawn[drawn > 0.3].mean()) < 0.405
-    plain = [draw_ratio(0.06, 0.5, noise_generator(0, "s", i)) for i in range(50)]
-    assert plain == [draw_ratio(0.06, 0.5, noise_generator(0, "s", i), 0.3, 0.0) for i in range(50)]
-
-
 @pytest.mark.parametrize("budget", [1, 10, 25, 1000])
 def test_micro_batches_keep_the_budget(budget: int) -> None:
     lengths = [3, 9, 4, 10, 1, 7, 7]

@@ -82,16 +82,8 @@ def sample_bernoulli(logits: torch.Tensor, group_size: int, generator: torch.Gen
     return Rollouts(noise < torch.sigmoid(logits.detach()))
 
 
-def draw_ratio(
-    low: float, high: float, generator: torch.Generator, uniform_from: float = 1.0, uniform_share: float = 0.0
-) -> float:
+def draw_ratio(low: float, high: float, generator: torch.Generator) -> float:
     """A retention ratio, log-uniform in [low, high]; one number of ``generator`` is used.
-
-    Args:
-        low, high: bounds.
-        generator: on the CPU.
-        uniform_from: lower bound of the ratios that are drawn uniformly instead, up to ``high``.
-        uniform_share: probability of these.
 
     Raises:
         ValueError: not 0 < low <= high <= 1.
@@ -99,9 +91,6 @@ def draw_ratio(
     if not 0 < low <= high <= 1:
         raise ValueError(f"ratios must be 0 < low <= high <= 1, got {low!r} and {high!r}")
     position = float(torch.rand((), generator=generator, dtype=torch.float64))
-    if position < uniform_share:
-        return min(high, uniform_from + position / uniform_share * (high - uniform_from))
-    position = (position - uniform_share) / (1 - uniform_share)
     return min(high, max(low, math.exp(math.log(low) + position * (math.log(high) - math.log(low)))))
 
 
