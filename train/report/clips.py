@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,24 +49,20 @@ def open_report_source(settings: TrainSettings, stage: StageSettings, merge: int
     Raises:
         ConfigurationError: not even the sources of training can be opened.
     """
-    specs = list(stage.sources)
     if settings.clips:
         own = next(s for one in settings.stages for s in one.sources if isinstance(s, JsonlConfig))
-        specs = [own.model_copy(update={"path": str(settings.described / OWN_HELD_OUT), "split": "all"})]
-        unseen: list[SourceConfig | None] = [*specs]
+        held_out = str(settings.described / OWN_HELD_OUT)
+        unseen: list[SourceConfig | None] = [own.model_copy(update={"path": held_out, "split": "all"})]
     else:
-        unseen = [_unseen(spec) for spec in specs]
-    weights = [spec.weight for spec in specs]
-    try:
-        opened = [open_source(spec, merge) for spec in unseen if spec is not None]
-        if len(opened) == len(specs):
-            return ReportSource(mixed(opened, weights, settings.seed), seen=False)
-    except ConfigurationError:  # nothing is left in that split
-        pass
-    return ReportSource(
-        mixed([open_source(s, merge) for s in stage.sources], [s.weight for s in stage.sources], settings.seed),
-        seen=True,
-    )
+        unseen = [_unseen(spec) for spec in stage.sources]
+    with contextlib.suppress(ConfigurationError):  # nothing is left in that split
+        if all(unseen):
+            return ReportSource(_open([spec for spec in unseen if spec], merge, settings.seed), seen=False)
+    return ReportSource(_open(stage.sources, merge, settings.seed), seen=True)
+
+
+def _open(specs: Sequence[SourceConfig], merge: int, seed: int) -> SampleSource:
+    return mixed([open_source(spec, merge) for spec in specs], [spec.weight for spec in specs], seed)
 
 
 def _unseen(spec: SourceConfig) -> SourceConfig | None:
