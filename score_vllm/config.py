@@ -30,7 +30,6 @@ class PolicyConfig:
         architecture: vLLM's name of that model's architecture; served with no other. Empty: :data:`FIRST_ARCHITECTURE`.
         method: always ``"score"``: the file says what made it.
         use_residual: False is the paper's ablation without the surprise signal (table 5).
-        ratio_input: the hidden bias is a function of the retention ratio (not in the paper).
         ranked_share: share of a video's tokens that the logits choose; what a budget has beyond is spread evenly over
             time and space (not in the paper). 1: the logits choose all.
         provenance: free-form record of how it was made: commit, data, versions, arguments.
@@ -43,7 +42,6 @@ class PolicyConfig:
     architecture: str = ""
     method: str = "score"
     use_residual: bool = True
-    ratio_input: bool = False
     ranked_share: float = 1.0
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -55,9 +53,8 @@ class PolicyConfig:
                 raise ValueError(f"policy config: {name} must be an integer >= 1, got {value!r}")
         if self.method != "score":
             raise ValueError(f"policy config: method must be 'score', got {self.method!r}")
-        for name in ("use_residual", "ratio_input"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"policy config: {name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.use_residual, bool):
+            raise ValueError(f"policy config: use_residual must be true or false, got {self.use_residual!r}")
         share = self.ranked_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"policy config: ranked_share must be a number in (0, 1], got {share!r}")

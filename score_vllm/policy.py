@@ -22,8 +22,6 @@ from score_vllm.types import VideoGrid
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "policy.safetensors"
-# At which ``b_in`` of a policy that reads the retention ratio is the whole hidden bias.
-MIDDLE_RATIO = 0.2
 
 
 class RetentionPolicy(torch.nn.Module):
@@ -37,7 +35,6 @@ class RetentionPolicy(torch.nn.Module):
         model_id: the model this policy is for; informative.
         architecture: vLLM's name of that model's architecture; serving refuses the policy elsewhere.
         seed: initialises the weights, independent of the global random state.
-        ratio_input: the hidden bias is a function of the retention ratio (not in the paper).
         ranked_share: of a video's tokens, see :class:`~score_vllm.config.PolicyConfig`.
 
     Raises:
@@ -54,7 +51,6 @@ class RetentionPolicy(torch.nn.Module):
         model_id: str = "",
         architecture: str = "",
         seed: int = 0,
-        ratio_input: bool = False,
         ranked_share: float = 1.0,
     ) -> None:
         super().__init__()
@@ -67,7 +63,6 @@ class RetentionPolicy(torch.nn.Module):
             model_id=model_id,
             architecture=architecture,
             use_residual=use_residual,
-            ratio_input=ratio_input,
             ranked_share=ranked_share,
         )
         inputs = hidden_size * (2 if use_residual else 1)
@@ -79,15 +74,12 @@ class RetentionPolicy(torch.nn.Module):
         self.w_out = torch.nn.Parameter(torch.randn(width, generator=generator, **plain) / width**0.5)
         bias = math.log(initial_keep_probability / (1.0 - initial_keep_probability))
         self.b_out = torch.nn.Parameter(torch.full((1,), bias, **plain))
-        if ratio_input:
-            self.w_ratio = torch.nn.Parameter(torch.zeros(width, **plain))
 
-    def forward(self, x: torch.Tensor, ratio: float | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Retention logits; ``sigmoid`` of them is p of paper eq. 4.
 
         Args:
             x: [T, N, D] visual tokens of one video, bf16, fp16 or fp32.
-            ratio: retention ratio, read by policies with ``ratio_input``; None: :data:`MIDDLE_RATIO`.
 
         Returns:
             [T, N] float32. Differentiable in the policy's parameters when gradients are enabled.
@@ -101,15 +93,12 @@ class RetentionPolicy(torch.nn.Module):
             raise ValueError(f"x must be bf16, fp16 or fp32, got {x.dtype}")
         # The reference is differentiable; the fast path is for inference only.
         run = reference.score if torch.is_grad_enabled() else ops.score
-        logits = run(x, *self.weights(ratio), self.config.use_residual)
+        logits = run(x, *self.weights(), self.config.use_residual)
         return logits.view(x.shape[0], x.shape[1])
 
-    def weights(self, ratio: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(w_in, b_in, w_out, b_out)`` as the kernels take them, the bias for a retention ratio."""
-        b_in: torch.Tensor = self.b_in
-        if self.config.ratio_input and ratio is not None:
-            b_in = b_in + self.w_ratio * math.log(ratio / MIDDLE_RATIO)
-        return self.w_in, b_in, self.w_out, self.b_out
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(w_in, b_in, w_out, b_out)`` as the kernels take them."""
+        return self.w_in, self.b_in, self.w_out, self.b_out
 
     def spread(self, grid: VideoGrid, num_retained: int) -> torch.Tensor | None:
         """Tokens that are kept whatever their logits: an even spread of what the budget has beyond ``ranked_share``.
@@ -228,7 +217,6 @@ class RetentionPolicy(torch.nn.Module):
             config.hidden_size,
             config.policy_width,
             use_residual=config.use_residual,
-            ratio_input=config.ratio_input,
             ranked_share=config.ranked_share,
         )
         expected = {name: tuple(p.shape) for name, p in policy.state_dict().items()}

@@ -50,7 +50,6 @@ class PolicySettings(Settings):
         init: directory of a policy to start from; empty for fresh weights.
         standardise: samples whose tokens give the mean and scale per channel in which a fresh policy learns (not in the
             paper); folded into its weights when it is saved. 0: none.
-        ratio_input: the hidden bias is a function of the retention ratio (not in the paper; ``budget-matched`` only).
         ranked_share: share of a video's tokens that the policy chooses; the rest of a budget is spread evenly, in
             serving and in the rollouts of ``budget-matched`` (not in the paper). 1: it chooses all.
     """
@@ -60,7 +59,6 @@ class PolicySettings(Settings):
     initial_keep_probability: float = Field(default=0.5, ge=0.01, le=0.99)
     init: str = ""
     standardise: int = Field(default=0, ge=0, le=4096)
-    ratio_input: bool = False
     ranked_share: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -69,15 +67,12 @@ class RolloutSettings(Settings):
 
     Attributes:
         objective: ``paper`` (Bernoulli masks, eq. 5-9), or ``budget-matched`` (exact-k subsets at serving's ratios).
-        advantage: of ``budget-matched``: ``group`` divides by the spread of the group, ``leave-one-out`` compares each
-            rollout with the mean of the others and does not.
         group_size: K rollouts per video.
         max_rollout_tokens: most tokens, padding included, that run through the language model at once.
         ratio_min, ratio_max: range of the ratios of ``budget-matched``, drawn log-uniformly.
     """
 
     objective: Literal["paper", "budget-matched"] = "paper"
-    advantage: Literal["group", "leave-one-out"] = "group"
     group_size: int = Field(default=16, ge=2, le=4096)
     max_rollout_tokens: int = Field(default=8192, ge=1)
     ratio_min: float = Field(default=0.06, gt=0, le=1)
@@ -252,8 +247,6 @@ class TrainSettings(Settings):
             raise ValueError("stage must hold at least one stage: a table [stage.NAME]")
         if self.clips and self.model.shard != "none":
             raise ValueError(f"clips can only be described by a whole model: model.shard = {self.model.shard!r}")
-        if self.policy.ratio_input and self.rollout.objective != "budget-matched":
-            raise ValueError("policy.ratio_input must be false where rollout.objective is not 'budget-matched'")
         return self
 
     @property

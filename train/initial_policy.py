@@ -50,11 +50,10 @@ class StandardisedPolicy(RetentionPolicy):
         self.mean.copy_(torch.cat([first, torch.zeros_like(first)][:parts]))
         self.scale.copy_(torch.cat([s.clamp(min=max(float(s.max()) * _LEAST, 1e-12)) for s in scales][:parts]))
 
-    def weights(self, ratio: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Folded: the same logits over the tokens as they are. Differentiable."""
-        w_in, b_in, w_out, b_out = super().weights(ratio)
-        folded = w_in / self.scale
-        return folded, b_in - folded @ self.mean, w_out, b_out
+        w_in = self.w_in / self.scale
+        return w_in, self.b_in - w_in @ self.mean, self.w_out, self.b_out
 
     @torch.no_grad()
     def plain(self) -> RetentionPolicy:
@@ -63,11 +62,8 @@ class StandardisedPolicy(RetentionPolicy):
             self.config.hidden_size,
             self.config.policy_width,
             use_residual=self.config.use_residual,
-            ratio_input=self.config.ratio_input,
             ranked_share=self.config.ranked_share,
         )
-        if self.config.ratio_input:
-            policy.w_ratio.copy_(self.w_ratio)
         for parameter, folded in zip(
             (policy.w_in, policy.b_in, policy.w_out, policy.b_out), self.weights(), strict=True
         ):
@@ -97,7 +93,6 @@ def make_policy(settings: TrainSettings, hidden_size: int, architecture: str) ->
             model_id=settings.model.path,
             architecture=architecture,
             seed=settings.seed,
-            ratio_input=wanted.ratio_input,
             ranked_share=wanted.ranked_share,
         )
     if wanted.standardise:
@@ -122,9 +117,5 @@ def make_policy(settings: TrainSettings, hidden_size: int, architecture: str) ->
     if policy.config.use_residual != wanted.use_residual:
         raise ConfigurationError(
             f"policy.use_residual must be {policy.config.use_residual}, as in policy.init, got {wanted.use_residual}"
-        )
-    if policy.config.ratio_input != wanted.ratio_input:
-        raise ConfigurationError(
-            f"policy.ratio_input must be {policy.config.ratio_input}, as in policy.init, got {wanted.ratio_input}"
         )
     return policy

@@ -78,13 +78,11 @@ def sample_step(
     encoded = item.encoded
     parameters = list(policy.parameters())
     exact = settings.objective == "budget-matched"
-    ratio = None
-    if exact:
-        ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator)
-    logits = policy(encoded.x.to(parameters[0].device), ratio).flatten()
+    logits = policy(encoded.x.to(parameters[0].device)).flatten()
     if not bool(torch.isfinite(logits).all()):
         return _problem(parameters, f"{encoded.key}: the policy's logits are not finite: its weights or its inputs are")
-    if ratio is not None:
+    if exact:
+        ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator)
         even = policy.spread(encoded.grid, num_retained_tokens(len(logits), ratio))
         rollouts = sample_exact(logits, settings.group_size, ratio, generator, even)
         entropy = choice_entropy(logits.detach())
@@ -99,7 +97,7 @@ def sample_step(
             f"{encoded.key}: the frozen model's cross-entropy is not finite (all tokens: {item.ce_base}; rollouts: "
             f"{[round(v, 3) for v in ce.tolist()]}); another model.dtype, or leaving the sample out, may help",
         )
-    advantage = rollouts.advantage(ce, item.ce_base, tau, settings.advantage == "leave-one-out")
+    advantage = rollouts.advantage(ce, item.ce_base, tau)
     loss = policy_loss(rollouts.log_probability(logits), advantage)
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(g).all()) for g in gradients):

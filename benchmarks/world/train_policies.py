@@ -24,7 +24,6 @@ CONFIGS = {
     world: ROOT / "train" / "configs" / file for world, file in (("drawn", "demo.toml"), ("footage", "footage.toml"))
 }
 # What --set changes against the world's configuration; "score" is what the demo serves, "paper" the paper's method.
-EXACT = ["policy.ranked_share=1", "rollout.ratio_min=0.06", "rollout.ratio_max=0.5"]
 PAPER = ["rollout.objective=paper"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
@@ -33,17 +32,13 @@ FAMILIES: dict[str, list[str]] = {
     "paper-no-residual": [*PAPER, "policy.ranked_share=1", "policy.use_residual=false"],
     # As many steps as the others' two stages together.
     "paper-pseudo-only": [*PAPER, "policy.ranked_share=1", "stage.warmup.steps=1150"],
-    "budget-matched": EXACT,
-    "leave-one-out": [*EXACT, "rollout.advantage=leave-one-out"],
-    "ratio-input": [*EXACT, "policy.ratio_input=true"],
-    "coverage": ["policy.ranked_share=0.04", *EXACT[1:]],
+    "budget-matched": ["policy.ranked_share=1", "rollout.ratio_min=0.06", "rollout.ratio_max=0.5"],
 }
 FOOTAGE_FAMILIES: dict[str, list[str]] = {
     "score": PAPER,
     "score-no-residual": [*PAPER, "policy.use_residual=false"],
     "budget-matched": [],
     "no-residual": ["policy.use_residual=false"],
-    **{name: FAMILIES[name][3:] for name in ("leave-one-out", "ratio-input")},
     "coverage": ["policy.ranked_share=0.04"],
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}

@@ -25,7 +25,7 @@ def score(
 
     Args:
         x: [T, N, D].
-        num_retained: K; read by policies with ``ratio_input`` or a ``ranked_share`` below 1.
+        num_retained: K; read by policies with a ``ranked_share`` below 1.
         policy: the trained policy.
         grid: T, rows, columns; for policies that spread tokens evenly.
 
@@ -38,7 +38,7 @@ def score(
     if policy is None:
         raise ValueError("method 'score' needs policy=RetentionPolicy(...); pass one or choose another method")
     with torch.no_grad():
-        logits = policy(x, num_retained / (x.shape[0] * x.shape[1])).flatten()
+        logits = policy(x).flatten()
     if policy.config.ranked_share == 1:
         return logits
     if grid is None:

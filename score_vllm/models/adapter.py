@@ -209,8 +209,6 @@ def load_policy(directory: str, hidden_size: int, architecture: str) -> Retentio
     with torch.device("cpu"):  # while vLLM builds a model, tensors are made on its GPU
         policy = RetentionPolicy.from_pretrained(directory)
     policy.check_model(directory, hidden_size, architecture)
-    if policy.config.ratio_input:
-        raise ValueError(f"policy {directory} reads the retention ratio, which is not served")
     return policy
 
 

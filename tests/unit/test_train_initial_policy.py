@@ -41,29 +41,6 @@ def test_saved_weights_do_the_same(use_residual: bool, tmp_path: Path) -> None:
     assert torch.equal(select_tokens(x, 0.3, policy=saved).indices, select_tokens(x, 0.3, policy=policy).indices)
 
 
-@pytest.mark.parametrize("standardised", [True, False])
-def test_the_ratio_shifts_the_hidden_bias(standardised: bool, tmp_path: Path) -> None:
-    policy = (StandardisedPolicy if standardised else RetentionPolicy)(16, 32, seed=3, ratio_input=True)
-    if isinstance(policy, StandardisedPolicy):
-        policy.measure([video(1)])
-    x = video(7)
-    assert torch.equal(policy(x, 0.1), policy(x)), "a fresh one does not depend on it"
-    with torch.no_grad():
-        policy.w_ratio.copy_(torch.randn(32, generator=torch.Generator().manual_seed(1)))
-    shifted = RetentionPolicy(16, 32)
-    for own, weight in zip(
-        (shifted.w_in, shifted.b_in, shifted.w_out, shifted.b_out), policy.weights(0.1), strict=True
-    ):
-        own.data.copy_(weight)
-    assert not torch.allclose(policy(x, 0.1), policy(x, 0.4))
-    torch.testing.assert_close(policy(x, 0.1), shifted(x), atol=1e-4, rtol=1e-4)
-    saved = RetentionPolicy.from_pretrained(policy.save_pretrained(tmp_path / "policy"))
-    torch.testing.assert_close(saved(x, 0.1), policy(x, 0.1), atol=1e-4, rtol=1e-4)
-    found = select_tokens(x, 0.1, policy=saved).scores
-    torch.testing.assert_close(found, saved(x, 6 / 60).detach().flatten(), atol=1e-4, rtol=1e-4)
-    assert saved.digest() != shifted.digest()
-
-
 def test_a_constant_channel_is_not_blown_up() -> None:
     policy = StandardisedPolicy(16, 32)
     x = video(1)

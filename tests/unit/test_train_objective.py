@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from score_vllm.train.objective.advantage import group_advantage, leave_one_out_advantage, split_advantage
+from score_vllm.train.objective.advantage import group_advantage, split_advantage
 from score_vllm.train.objective.loss import (
     bernoulli_entropy,
     bernoulli_log_probability,
@@ -72,12 +72,6 @@ def test_group_advantage_by_hand() -> None:
     close(group_advantage(torch.tensor([1.0, 2.0, 3.0]), epsilon=1e-9), [1.224745, 0.0, -1.224745])
     close(group_advantage(torch.full((4,), 0.7)), [0.0] * 4)
     close(group_advantage(torch.tensor([5.0])), [0.0])
-
-
-def test_leave_one_out_advantage_by_hand() -> None:
-    # Means of the others: 2.5, 2, 1.5.
-    close(leave_one_out_advantage(torch.tensor([1.0, 2.0, 3.0])), [1.5, 0.0, -1.5])
-    close(leave_one_out_advantage(torch.tensor([5.0])), [0.0])
 
 
 def test_bernoulli_log_probability_by_hand() -> None:
@@ -195,7 +189,6 @@ def test_micro_batches_keep_the_budget(budget: int) -> None:
         lambda: sparsity(torch.ones(2, 2)),
         lambda: split_advantage(torch.ones(2), torch.ones(3)),
         lambda: group_advantage(torch.ones(0)),
-        lambda: leave_one_out_advantage(torch.ones(2, 2)),
         lambda: bernoulli_log_probability(torch.ones(2), torch.ones(1, 3, dtype=torch.bool)),
         lambda: plackett_luce_log_probability(torch.ones(2), torch.zeros(1, 3, dtype=torch.int64)),
         lambda: policy_loss(torch.ones(2), torch.ones(3)),

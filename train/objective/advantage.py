@@ -57,22 +57,3 @@ def group_advantage(ce: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
         raise ValueError(f"ce must be a non-empty [K] tensor, got {tuple(ce.shape)}")
     centred = ce.mean() - ce
     return centred / (ce.std(correction=0) + epsilon)
-
-
-def leave_one_out_advantage(ce: torch.Tensor) -> torch.Tensor:
-    """Advantage at a fixed budget: the mean cross-entropy of the other rollouts minus the own one.
-
-    Unlike :func:`group_advantage` it keeps the scale: groups whose rollouts hardly differ hardly count.
-
-    Args:
-        ce: [K] float32.
-
-    Returns:
-        [K] float32; zero for a group of one.
-
-    Raises:
-        ValueError: ``ce`` is not [K].
-    """
-    if ce.ndim != 1 or ce.shape[0] < 1:
-        raise ValueError(f"ce must be a non-empty [K] tensor, got {tuple(ce.shape)}")
-    return (ce.mean() - ce) * ce.shape[0] / max(1, ce.shape[0] - 1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from score_vllm.budget import num_retained_tokens
-from score_vllm.train.objective.advantage import group_advantage, leave_one_out_advantage, split_advantage
+from score_vllm.train.objective.advantage import group_advantage, split_advantage
 from score_vllm.train.objective.loss import bernoulli_log_probability, plackett_luce_log_probability
 from score_vllm.train.objective.reward import performance_reward, sparsity
 
@@ -45,11 +45,11 @@ class Rollouts:
             logits if self.drawn_from is None else logits[self.drawn_from], self.orders
         )
 
-    def advantage(self, ce: torch.Tensor, ce_base: float, tau: float, leave_one_out: bool = False) -> torch.Tensor:
-        """[K] float32 from ``ce`` [K]: the paper's (eq. 5-7), or where budgets are equal, one of the group's own."""
+    def advantage(self, ce: torch.Tensor, ce_base: float, tau: float) -> torch.Tensor:
+        """[K] float32 from ``ce`` [K]: the paper's (eq. 5-7), or the group's own where budgets are equal."""
         if self.orders is None:
             return split_advantage(performance_reward(ce, ce_base, tau), sparsity(self.masks))
-        return leave_one_out_advantage(ce) if leave_one_out else group_advantage(ce)
+        return group_advantage(ce)
 
 
 def noise_generator(seed: int, stage: str, slot: int) -> torch.Generator:
