@@ -270,8 +270,8 @@ def select_rows(
     """Score, keep the global top K, gather the rows and their positions: the serving path in one call.
 
     On CUDA this is one memset and six launches (score, three digits, compaction, gather); structure rows and ``always``
-    add a few. It
-    can be captured in a CUDA graph after one call of the same dtype and hidden size has compiled the kernels.
+    add a few. It can be captured in a CUDA graph after one call of the same dtype and hidden size has compiled the
+    kernels.
 
     Args:
         x: [T, N, W] bf16, fp16 or fp32, any strides; not copied.

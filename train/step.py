@@ -85,10 +85,8 @@ def sample_step(
         ratio = draw_ratio(settings.ratio_min, settings.ratio_max, generator)
         even = policy.spread(encoded.grid, num_retained_tokens(len(logits), ratio))
         rollouts = sample_exact(logits, settings.group_size, ratio, generator, even)
-        entropy = choice_entropy(logits.detach())
     else:
         rollouts = sample_bernoulli(logits, settings.group_size, generator)
-        entropy = bernoulli_entropy(logits.detach())
     kept = rollouts.kept()
     ce = engine.cross_entropy(encoded, kept).to(logits.device)
     if not bool(torch.isfinite(ce).all()) or item.ce_base - item.ce_base != 0:
@@ -108,6 +106,7 @@ def sample_step(
         )
     delta = performance_reward(ce, item.ce_base, tau)
     sparse = 1.0 - rollouts.masks.float().mean()
+    choice = choice_entropy(logits.detach())
     tokens = sum(k.shape[0] for k in kept) + len(kept) * encoded.num_text_tokens
     values = [
         loss.detach(),
@@ -118,12 +117,12 @@ def sample_step(
         ce.mean() - item.ce_base,
         sparse,
         (delta > 0).float().mean(),
-        entropy,
+        choice if exact else bernoulli_entropy(logits.detach()),
         (rollouts.masks == rollouts.masks[:1]).all(),
         logits.detach().std(correction=0),
         advantage.std(correction=0),
         ce.std(correction=0),
-        choice_entropy(logits.detach()),
+        choice,
         tokens,
     ]
     return SampleResult(list(gradients), torch.tensor([float(v) for v in values], dtype=torch.float64))

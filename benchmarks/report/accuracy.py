@@ -31,6 +31,12 @@ def world_rows(document: Document) -> tuple[list[str], Lines]:
     return ["right answers, %", *(f"{ratio:.0%}" for ratio in ratios)], lines
 
 
+def vanilla_row(document: Document) -> dict[str, Any]:
+    """That of all tokens."""
+    found: dict[str, Any] = next(row for row in document["rows"] if row["method"] == "vanilla")
+    return found
+
+
 def summary_rows(document: Document) -> tuple[list[str], Lines]:
     """The rows of what is served, best known first."""
     header, lines = world_rows(document)
@@ -40,9 +46,8 @@ def summary_rows(document: Document) -> tuple[list[str], Lines]:
 
 def asked(document: Document) -> str:
     """What the model answers rightly without compression, and how much was asked."""
-    vanilla = next(row for row in document["rows"] if row["method"] == "vanilla")
     about = f"{document['questions']} held-out questions about {document['clips']} clips"
-    return f"with all tokens {100 * vanilla['accuracy']:.1f}; {about}"
+    return f"with all tokens {100 * vanilla_row(document)['accuracy']:.1f}; {about}"
 
 
 def world_caption(document: Document) -> str:
@@ -52,23 +57,32 @@ def world_caption(document: Document) -> str:
     return f"{asked(document)}; trained policies: mean and standard deviation of {seeds} seeds{later}"
 
 
-def world_picture(document: Document, digest: str) -> bytes:
-    """Accuracy against retention ratio; trained policies are solid, bars are the spread over seeds."""
-    rows = document["rows"]
-    vanilla = 100 * next(row for row in rows if row["method"] == "vanilla")["accuracy"]
-    names = dict.fromkeys(row["method"] for row in rows if row["method"] != "vanilla")
-    widest = max(100 * row["retention_ratio"] for row in rows if row["method"] != "vanilla")
-    series = [Series("vanilla (all tokens)", [vanilla] * 2, [0, widest], style={"color": GREY, "linestyle": ":"})]
-    for number, name in enumerate(names):
+def curves(document: Document, all_tokens: str, black: str = "") -> Panel:
+    """Accuracy against retention ratio; trained policies are solid, bars are the spread over seeds.
+
+    Args:
+        document: results.
+        all_tokens: legend of the line of the uncompressed model.
+        black: the method that stands out.
+    """
+    rows = [row for row in document["rows"] if row["method"] != "vanilla"]
+    level, widest = 100 * vanilla_row(document)["accuracy"], 100 * max(row["retention_ratio"] for row in rows)
+    series = [Series(all_tokens, [level] * 2, [0, widest], style={"color": GREY, "linestyle": ":"})]
+    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["retention_ratio"])
         trained = bool(mine[0]["seeds"])
         style = {"linestyle": "-" if trained else "--", "marker": "o" if trained else "x", "color": f"C{number % 10}"}
-        if name == "score":
+        if name == black:
             style |= {"color": "black", "linewidth": 2.5}
         values, places = [100 * row["accuracy"] for row in mine], [100 * row["retention_ratio"] for row in mine]
         series.append(Series(name, values, places, [100 * (row["spread"] or 0) for row in mine], style=style))
+    return Panel("right answers, %", series, x="retention ratio, %")
+
+
+def world_picture(document: Document, digest: str) -> bytes:
+    """The table as curves."""
     title = f"{document['questions']} held-out questions; a model trained from scratch on the synthetic world"
-    return png(title, [Panel("right answers, %", series, x="retention ratio, %")], digest, (8, 5))
+    return png(title, [curves(document, "vanilla (all tokens)", black="score")], digest, (8, 5))
 
 
 def served_rows(document: Document) -> tuple[list[str], Lines]:

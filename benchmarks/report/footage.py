@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from benchmarks.harness import table
 from benchmarks.report import Block, Document, Lines
-from benchmarks.report.accuracy import world_rows
+from benchmarks.report.accuracy import curves, vanilla_row, world_rows
 from benchmarks.report.plot import GREY, Panel, Series, png
 
 RATIO = 0.1
@@ -23,13 +21,9 @@ def _ratios(document: Document) -> list[float]:
     return sorted({row["retention_ratio"] for row in document["rows"] if row["method"] != "vanilla"}, reverse=True)
 
 
-def _vanilla(document: Document) -> dict[str, Any]:
-    return next(row for row in document["rows"] if row["method"] == "vanilla")
-
-
 def caption(document: Document) -> str:
     """What was asked of whom."""
-    plain, grounds = _vanilla(document), document["backgrounds"]
+    plain, grounds = vanilla_row(document), document["backgrounds"]
     return (
         f"with all tokens {100 * plain['accuracy']:.1f}, with none {100 * plain['blind']['accuracy']:.1f}; "
         f"{document['questions']:,} held-out questions about {document['clips']} clips on {len(grounds)} backgrounds "
@@ -65,7 +59,7 @@ def differences(document: Document) -> str:
 
 def kinds(document: Document) -> str:
     """Accuracy by kind of question and by background at :data:`RATIO`."""
-    plain = _vanilla(document)
+    plain = vanilla_row(document)
     rows = [row for row in document["rows"] if row["retention_ratio"] == RATIO]
     rows.sort(key=lambda row: -row["accuracy"])
     parts = []
@@ -80,19 +74,9 @@ def kinds(document: Document) -> str:
 
 
 def picture(document: Document, digest: str) -> bytes:
-    """Accuracy against ratio; trained policies are solid, bars are the spread over seeds."""
-    rows = [row for row in document["rows"] if row["method"] != "vanilla"]
-    widest = 100 * max(row["retention_ratio"] for row in rows)
-    level = 100 * _vanilla(document)["accuracy"]
-    series = [Series("all tokens", [level] * 2, [0, widest], style={"color": GREY, "linestyle": ":"})]
-    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["retention_ratio"])
-        trained = bool(mine[0]["seeds"])
-        style = {"linestyle": "-" if trained else "--", "marker": "o" if trained else "x", "color": f"C{number % 10}"}
-        values, places = [100 * row["accuracy"] for row in mine], [100 * row["retention_ratio"] for row in mine]
-        series.append(Series(name, values, places, [100 * (row["spread"] or 0) for row in mine], style=style))
+    """The table as curves."""
     title = f"{document['questions']:,} held-out questions about real footage; a small reader of frozen DINOv2 tokens"
-    return png(title, [Panel("right answers, %", series, x="retention ratio, %")], digest, (8, 5))
+    return png(title, [curves(document, "all tokens")], digest, (8, 5))
 
 
 def rot_rows(document: Document) -> tuple[list[str], Lines]:

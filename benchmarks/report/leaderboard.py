@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.harness import table
 from benchmarks.report import NOT_MEASURED, Block, Document, Lines, link
-from benchmarks.report.accuracy import accuracy_cell
+from benchmarks.report.accuracy import accuracy_cell, vanilla_row
 
 WORLDS = {"accuracy_world.json": "The drawn world", "accuracy_footage.json": "Real footage"}
 # Methods are in the order of their accuracy at this ratio; questions by kind are shown at it.
@@ -63,7 +63,7 @@ def whole(results: dict[str, Document], _: Any) -> str:
         if (document := results.get(file)) is None:
             parts.append(f"### {title}\n\n{NOT_MEASURED}")
             continue
-        right = next(row for row in document["rows"] if row["method"] == "vanilla")["accuracy"]
+        right = vanilla_row(document)["accuracy"]
         error = 100 * math.sqrt(right * (1 - right) / document["questions"])
         about = (
             f"({document['questions']:,} questions about {document['clips']} held-out clips, the same for every row: "

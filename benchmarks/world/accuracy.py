@@ -97,27 +97,26 @@ def everything(clip: HeldOut) -> tuple[torch.Tensor, torch.Tensor]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the world benchmark."""
     parser.add_argument("--model", default="demo", help="'demo' or a directory of score_vllm.train.world's")
-    parser.add_argument(
-        "--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it"
-    )
-    parser.add_argument("--methods", default=",".join(METHODS))
-    add_ranked_share(parser)
-    parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1", help="with commas between")
-    parser.add_argument("--clips", type=int, default=160)
-    parser.add_argument("--questions", type=int, default=8, help="per clip, at most")
-    parser.add_argument("--split", default="held_out", help="another name while tuning, so that held_out stays unseen")
-    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy_world.json")
-    parser.add_argument("--threads", type=int, help="of torch")
+    add_world_arguments(parser, "0.4,0.25,0.1", 160, "accuracy_world.json")
 
 
-def add_ranked_share(parser: argparse.ArgumentParser) -> None:
-    """The option of :func:`candidates`."""
-    parser.add_argument(
+def add_world_arguments(parser: argparse.ArgumentParser, kept: str, clips: int, output: str) -> None:
+    """Options of a table over either world, with its default ratios, number of clips and results file."""
+    add = parser.add_argument
+    add("--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it")
+    add("--methods", default=",".join(METHODS))
+    add(
         "--ranked-share",
         type=float,
         metavar="S",
         help="each policy also so: the best S of all tokens, the rest even; 1: all ranked",
     )
+    add("--ratios", type=ratios, default=kept, help="with commas between")
+    add("--clips", type=int, default=clips)
+    add("--questions", type=int, default=8, help="per clip, at most")
+    add("--split", default="held_out", help="'validation' while tuning, so that held_out stays unseen")
+    add("--output", type=Path, default=RESULTS / output)
+    add("--threads", type=int, help="of torch")
 
 
 def held_out_clips(model: Path, split: str, count: int, per_clip: int) -> list[HeldOut]:

@@ -22,14 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import RESULTS, ratios
 from benchmarks.report import publish
 from benchmarks.world.accuracy import (
-    METHODS,
     Candidate,
     HeldOut,
     Select,
-    add_ranked_share,
+    add_world_arguments,
     answer,
     candidates,
     everything,
@@ -72,16 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reader", type=Path, default=Path("runs/reader"), help="of score_vllm.train.world.reader_stage"
     )
-    parser.add_argument("--policies", type=Path, help="folder with policies NAME-SEED/policy, see train_policies.py")
     parser.add_argument("--reference", default="budget-matched", help="family that the others are compared with")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    add_ranked_share(parser)
-    parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1,0.05", help="with commas between")
-    parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--questions", type=int, default=8, help="per clip, at most")
-    parser.add_argument("--split", default="held_out", help="'validation' while tuning, so that held_out stays unseen")
-    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy_footage.json")
-    parser.add_argument("--threads", type=int, help="of torch")
+    add_world_arguments(parser, "0.4,0.25,0.1,0.05", 240, "accuracy_footage.json")
 
 
 def open_reader(path: Path) -> Reader:

@@ -6,14 +6,14 @@ Needs Pillow, and PyAV for MP4; neither is imported before something is drawn.
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from score_vllm.files import write_atomically
 from score_vllm.types import TokenSelection, VideoGrid
 from score_vllm.viz.paint import DARK, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, Theme, picture, strip, text
 
@@ -210,22 +210,6 @@ def moving_frames(
         yield np.asarray(canvas)
 
 
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place: a reader sees all of it or nothing."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        # mkstemp makes private files; give the result what the umask gives any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
     import av
 
@@ -277,7 +261,7 @@ def draw(
         raise ValueError(f"fps must be in (0, 1000], got {fps!r}")
     _check(frames, grid, selections, times)
     if path.suffix.lower() == ".mp4":
-        _write_atomically(
+        write_atomically(
             path, lambda part: _write_mp4(part, moving_frames(frames, grid, selections, times=times, theme=theme), fps)
         )
     else:
@@ -286,5 +270,5 @@ def draw(
         sheet = Image.fromarray(
             contact_sheet(frames, grid, selections, times=times, cell_width=cell_width, theme=theme)
         )
-        _write_atomically(path, lambda part: sheet.save(part, format="PNG"))
+        write_atomically(path, lambda part: sheet.save(part, format="PNG"))
     return path

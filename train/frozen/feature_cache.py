@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,11 @@ from safetensors.torch import save_file
 
 from score_vllm.layout import VideoLayout
 from score_vllm.train.config import CacheSettings
+from score_vllm.train.frozen.bounded_folder import SUFFIX, BoundedFolder
 from score_vllm.train.frozen.model import EncodedSample
 
 FORMAT = 2
 GIB = 1 << 30
-# After an eviction this share of the bound is in use.
-_AFTER_EVICTION = 0.9
 _TENSORS = ("x", "prefix", "suffix", "target", "levels")
 
 
@@ -61,12 +58,11 @@ class FeatureCache:
         self._kind = settings.kind
         self._bound = int(settings.max_gib * GIB)
         self._namespace = f"{FORMAT}:{namespace}"
-        self._directory = directory
+        self._folder = BoundedFolder(directory, self._bound)
         self._memory: OrderedDict[str, CachedSample] = OrderedDict()
         self._bytes = 0
         if self._kind == "disk":
             directory.mkdir(parents=True, exist_ok=True)
-            self._bytes = sum(size for _, size, _ in self._entries())
 
     def __contains__(self, key: str) -> bool:
         """Whether there is an entry; one on disk may still turn out damaged."""
@@ -97,7 +93,7 @@ class FeatureCache:
         if self._kind == "none" or item.nbytes > self._bound:
             return
         if self._kind == "disk":
-            self._put_on_disk(key, item)
+            self._folder.put(self._path(key), lambda part: _write(part, item))
             return
         if (old := self._memory.pop(key, None)) is not None:
             self._bytes -= old.nbytes
@@ -108,38 +104,9 @@ class FeatureCache:
         while self._bytes > self._bound:
             self._bytes -= self._memory.popitem(last=False)[1].nbytes
 
-    def _put_on_disk(self, key: str, item: CachedSample) -> None:
-        path = self._path(key)
-        handle, name = tempfile.mkstemp(dir=self._directory, prefix=".", suffix=".part")
-        os.close(handle)
-        try:
-            _write(Path(name), item)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-        self._bytes += path.stat().st_size
-        if self._bytes <= self._bound:
-            return
-        # Other processes write here too: look at what is really there.
-        entries = sorted(self._entries())
-        self._bytes = sum(size for _, size, _ in entries)
-        for _, size, old in entries:
-            if self._bytes <= self._bound * _AFTER_EVICTION:
-                break
-            old.unlink(missing_ok=True)
-            self._bytes -= size
-
-    def _entries(self) -> list[tuple[int, int, Path]]:
-        found = []
-        for path in self._directory.glob("*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
-        return found
-
     def _path(self, key: str) -> Path:
         digest = hashlib.sha256(f"{self._namespace}\n{key}".encode()).hexdigest()[:32]
-        return self._directory / f"{digest}.safetensors"
+        return self._folder.directory / f"{digest}{SUFFIX}"
 
 
 def _tensors(encoded: EncodedSample) -> dict[str, torch.Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from score_vllm.files import write_atomically
 from score_vllm.policy import RetentionPolicy
 from score_vllm.train.config import StageSettings, TrainSettings
 from score_vllm.train.frozen.model import Engine
@@ -52,9 +52,7 @@ def write_report(settings: TrainSettings, stage: StageSettings, engine: Engine |
             logger.exception("the report measures nothing")
             problem = f"Nothing could be measured: {type(error).__name__}: {error}"
     text = page(str(output), read_history(output / LOG_NAME), findings, problem, settings.to_dict(), facts)
-    part = output / f".{NAME}.part"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, output / NAME)
+    write_atomically(output / NAME, lambda part: part.write_text(text, encoding="utf-8"))
     lines = summary(findings) if findings and findings.clips else []
     return [*lines, f"report   {output / NAME} (made in {time.perf_counter() - started:.0f} s)"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from score_vllm.layout import VideoLayout, grid_layout
+from score_vllm.train.frozen.bounded_folder import SUFFIX, BoundedFolder
 from score_vllm.train.schema import MissingError
 from score_vllm.train.world.footage import ENCODER
 from score_vllm.types import VideoGrid
@@ -113,8 +113,7 @@ class FootageEncoder:
 
     def __init__(self, folder: str | Path, max_gib: float = 8.0) -> None:
         self._weights = Path(folder) / ENCODER
-        self._cache = Path(folder) / "features"
-        self._bound = int(max_gib * GIB)
+        self._cache = BoundedFolder(Path(folder) / "features", int(max_gib * GIB))
         self._model: Any = None
 
     def encode(self, frames: np.ndarray) -> Features:
@@ -132,14 +131,16 @@ class FootageEncoder:
         if frames.shape[1] % PATCH or frames.shape[2] % PATCH:
             raise ValueError(f"frames must have sides that are multiples of {PATCH}, got {frames.shape[1:3]}")
         frames = np.ascontiguousarray(frames)
-        path = self._cache / f"{hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()}.safetensors"
+        digest = hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
+        path = self._cache.directory / f"{digest}{SUFFIX}"
         try:
             held = load_file(path)
             os.utime(path)
             return Features(held.pop("x"), held)
         except (FileNotFoundError, SafetensorError):
             made = self._encode(frames)
-        self._keep(path, {"x": made.x, **made.saliency})
+        tensors = {key: tensor.clone() for key, tensor in {"x": made.x, **made.saliency}.items()}
+        self._cache.put(path, lambda part: save_file(tensors, part))
         return made
 
     @torch.inference_mode()
@@ -164,23 +165,6 @@ class FootageEncoder:
             saliency.append(torch.stack([weights[:, 0, 1:], weights[:, 1:, 1:].mean(1)]))
         frame, patch = torch.cat(saliency, dim=1)
         return Features(torch.cat(rows), {"frame": frame.contiguous(), "patch": patch.contiguous()})
-
-    def _keep(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        self._cache.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._cache, prefix=".")
-        os.close(handle)
-        try:
-            save_file({key: tensor.clone() for key, tensor in tensors.items()}, name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-        entries = [(file.stat(), file) for file in self._cache.glob("*.safetensors")]
-        size = sum(stat.st_size for stat, _ in entries)
-        for stat, file in sorted(entries, key=lambda entry: entry[0].st_mtime_ns):
-            if size <= self._bound:
-                break
-            file.unlink(missing_ok=True)
-            size -= stat.st_size
 
     def encode_rows(self, frames: np.ndarray) -> tuple[torch.Tensor, VideoGrid]:
         """As :meth:`score_vllm.vision.tower.VisionTower.encode_rows`."""

@@ -11,7 +11,6 @@ import argparse
 import gzip
 import hashlib
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from score_vllm.files import write_atomically
 from score_vllm.train.schema import MissingError
 from score_vllm.train.world.footage_items import ITEMS, PACKAGES, PARTS, WEIGHTS, Item, Package
 
@@ -115,19 +115,6 @@ def _shrunk(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BILINEAR)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write aside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def place(item: Item, output: Path) -> Path:
     """Where an item lies once it is fetched."""
     return output / ENCODER if item is WEIGHTS else output / "backgrounds" / f"{item.name}.npy"
@@ -140,7 +127,9 @@ def keep(item: Item, data: bytes, output: Path) -> None:
         buffer = io.BytesIO()
         np.save(buffer, frames_of(content, item))
         content = buffer.getvalue()
-    write(place(item, output), content)
+    path = place(item, output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda part: part.write_bytes(content))
 
 
 def fetch(output: Path) -> None:

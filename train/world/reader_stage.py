@@ -10,8 +10,6 @@ with all tokens than with none on other backgrounds.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,8 +29,15 @@ from score_vllm.train.world.dinov2 import FootageEncoder
 from score_vllm.train.world.footage import FOLDER, backgrounds
 from score_vllm.train.world.language_stage import Clip, Words, accuracy, train_language
 from score_vllm.train.world.reader import PROJECTOR, Projector, save_projector
-from score_vllm.train.world.scenes import CAPTION_PROMPTS
-from score_vllm.train.world.vlm import TEXT_CONFIG, VISION_CONFIG, initialise_language, load_language, tqdm_print
+from score_vllm.train.world.vlm import (
+    FRAME_TEXTS,
+    TEXT_CONFIG,
+    VISION_CONFIG,
+    initialise_language,
+    load_language,
+    replaced,
+    tqdm_print,
+)
 from score_vllm.types import VideoGrid
 
 # Clips whose texts make the vocabulary.
@@ -62,8 +67,7 @@ def corpus() -> Iterator[str]:
         yield caption(scene)
         for question in asked:
             yield from (question.text, question.answer)
-    for _ in range(50):
-        yield from (*CAPTION_PROMPTS, "system\nYou are a helpful assistant.", "user\n", "assistant\n")
+    yield from FRAME_TEXTS
 
 
 def read_clips(encoder: FootageEncoder, source: CompositeSource) -> list[Clip]:
@@ -138,24 +142,22 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     pool = read_clips(encoder, CompositeSource("reader", args.clips, str(args.footage)))
     held = read_clips(encoder, CompositeSource("validation", args.validation, str(args.footage)))
     encoded = time.monotonic()
-    output = Path(args.output)
-    staging = output.with_name(f".{output.name}-{os.getpid()}")
     tokenizer = demo.build_tokenizer(corpus(), merges=400)
-    demo.build_model(
-        staging,
-        dtype="float32",
-        text_config=READER_CONFIG,
-        vision_config=VISION_CONFIG
-        | {
-            "depth": 1,
-            "out_hidden_size": READER_CONFIG["hidden_size"],
-            "fullatt_block_indexes": [0],
-            "temporal_patch_size": 1,
-        },
-        tokenizer=tokenizer,
-        seed=args.seed,
-    )
-    try:
+    with replaced(Path(args.output)) as staging:
+        demo.build_model(
+            staging,
+            dtype="float32",
+            text_config=READER_CONFIG,
+            vision_config=VISION_CONFIG
+            | {
+                "depth": 1,
+                "out_hidden_size": READER_CONFIG["hidden_size"],
+                "fullatt_block_indexes": [0],
+                "temporal_patch_size": 1,
+            },
+            tokenizer=tokenizer,
+            seed=args.seed,
+        )
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(staging, dtype=torch.float32)
         initialise_language(model, args.seed)
         projector = Projector(READER_CONFIG["hidden_size"])
@@ -210,10 +212,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         save_projector(projector, staging, record)
         for path in staging.glob("*.safetensors"):
             path.chmod(0o644)
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return record
 
 

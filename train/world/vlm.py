@@ -8,6 +8,7 @@ record of how it was made and how many held-out questions it answers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -50,6 +51,8 @@ VISION_CONFIG: dict[str, Any] = {
     "out_hidden_size": 192,
 }
 RECORD = "training.json"
+# What stands around every question, as often as it takes for the tokenizer to learn it.
+FRAME_TEXTS = (*CAPTION_PROMPTS, "system\nYou are a helpful assistant.", "user\n", "assistant\n") * 50
 
 
 def corpus() -> Iterator[str]:
@@ -61,8 +64,19 @@ def corpus() -> Iterator[str]:
         if not scene.texts:
             for question in questions(scene, rng):
                 yield from (question.text, question.answer)
-    for _ in range(50):
-        yield from (*CAPTION_PROMPTS, "system\nYou are a helpful assistant.", "user\n", "assistant\n")
+    yield from FRAME_TEXTS
+
+
+@contextlib.contextmanager
+def replaced(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` to fill, which takes its place where nothing was raised, and is removed else."""
+    staging = output.with_name(f".{output.name}-{os.getpid()}")
+    try:
+        yield staging
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def initialise_language(model: Any, seed: int) -> None:
@@ -96,18 +110,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     started = time.monotonic()
-    output = Path(args.output)
-    staging = output.with_name(f".{output.name}-{os.getpid()}")
     tokenizer = demo.build_tokenizer(corpus(), merges=400)
-    demo.build_model(
-        staging,
-        dtype="float32",
-        text_config=TEXT_CONFIG,
-        vision_config=VISION_CONFIG,
-        tokenizer=tokenizer,
-        seed=args.seed,
-    )
-    try:
+    with replaced(Path(args.output)) as staging:
+        demo.build_model(
+            staging,
+            dtype="float32",
+            text_config=TEXT_CONFIG,
+            vision_config=VISION_CONFIG,
+            tokenizer=tokenizer,
+            seed=args.seed,
+        )
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(staging, dtype=torch.float32)
         if args.vision_from:
             source = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.vision_from, dtype=torch.float32)
@@ -155,10 +167,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return record
 
 
