@@ -307,13 +307,20 @@ def test_a_server_that_is_gone(page: Page, browser: Any) -> None:
     page.click_and_wait("#ask", 1)
 
 
-def test_an_answer_can_be_stopped(page: Page) -> None:
+def test_an_answer_can_be_stopped(page: Page, browser: Any) -> None:
     page.take_sample()
     page.ratio("0.9")
     page.type("#most", "20000")
-    page.find("#ask").click()
-    page.find("#stop").click()
-    page.wait(lambda: page.find("#ask").is_enabled())
+    line = {"offline": False, "latency": 0, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.enable", {})
+    # So slow that the answer is still coming when the button is found, however fast the server is.
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {**line, "downloadThroughput": 100})
+    try:
+        page.find("#ask").click()
+        page.find("#stop").click()
+        page.wait(lambda: page.find("#ask").is_enabled())
+    finally:
+        browser.execute_cdp_cmd("Network.emulateNetworkConditions", {**line, "downloadThroughput": -1})
     assert page.text("#error") == ""
 
 
