@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.harness import check_results
 from score_vllm import demo
 from score_vllm.train.data.sample import TrainingSample
 from score_vllm.train.schema import MissingError
-from score_vllm.train.world import reader_stage
+from score_vllm.train.world import reader_stage, vlm
 from score_vllm.train.world.dinov2 import WIDTH, Features, FootageEncoder
 from score_vllm.train.world.footage_items import ITEMS
 from score_vllm.train.world.language_stage import Words, forward
@@ -80,6 +83,21 @@ def test_another_folder_is_no_reader(tmp_path: Path) -> None:
         FootageVLM(None, tmp_path)
 
 
+@pytest.mark.parametrize("main", [reader_stage.main, vlm.main])
+def test_what_is_no_checkpoint_is_not_replaced(
+    main: Callable[[list[str]], int | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    note = folder / "note.txt"
+    note.write_text("mine")
+    for output in (folder, note):
+        with pytest.raises(SystemExit, match="2"):
+            sys.exit(main(["--output", str(output)]))
+        assert "exists and is no checkpoint" in capsys.readouterr().err
+    assert note.read_text() == "mine"
+
+
 def test_training_a_reader_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +118,7 @@ def test_training_a_reader_from_end_to_end(
     assert "above none" in capsys.readouterr().err
     record = record_of(output)
     assert not record["passed"]
+    assert check_results({"environment": {"machine": "m"}, "rows": [record]}), "benchmarks store it among their results"
     assert record["validation_accuracy"].keys() == {"1.0", "0.25", "0.1", "0.0"}
     engine = FootageVLM.from_pretrained(output)
     assert (engine.projector.scale > 0).all()

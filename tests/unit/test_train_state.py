@@ -20,6 +20,7 @@ from score_vllm.train.checkpoint import (
 )
 from score_vllm.train.config import CacheSettings, settings_from
 from score_vllm.train.curriculum import StageData
+from score_vllm.train.frozen.bounded_folder import SUFFIX, BoundedFolder
 from score_vllm.train.frozen.feature_cache import GIB, CachedSample, FeatureCache
 from score_vllm.train.frozen.model import EncodedSample
 from score_vllm.train.stopping import CollapseWatch, TrainingStoppedError
@@ -58,6 +59,18 @@ def test_cache_gives_back_what_it_got_within_its_bound(tmp_path: Path, kind: str
     assert found.encoded.target.tolist() == [19, 20, 21]
     assert found.ce_base == 19 / 7
     assert (found.encoded.grid, found.encoded.layout.extent, found.encoded.key) == (VideoGrid(4, 2, 3), 3, "k19")
+
+
+def test_processes_that_share_a_folder_share_its_bound(tmp_path: Path) -> None:
+    """Each sees only its own writing, and the folder."""
+    sharing = [BoundedFolder(tmp_path, 100_000) for _ in range(4)]
+    most = 0
+    for number in range(800):
+        sharing[number % 4].put(tmp_path / f"{number:03}{SUFFIX}", lambda part: part.write_bytes(b"x" * 500))
+        most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
+    assert 85_000 < most <= 106_000
+    assert (tmp_path / f"799{SUFFIX}").is_file()
+    assert not (tmp_path / f"000{SUFFIX}").exists()
 
 
 def test_cache_refuses_what_is_above_its_bound_and_keeps_models_apart(tmp_path: Path) -> None:

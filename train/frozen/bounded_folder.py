@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 SUFFIX = ".safetensors"
-# After an eviction this share of the bound is in use.
-_AFTER_EVICTION = 0.9
+# Shares of the bound: what a process writes between two looks at the folder, and what is in use after an eviction.
+_BETWEEN_LOOKS, _AFTER_EVICTION = 0.02, 0.9
 
 
 class BoundedFolder:
     """A folder of ``*.safetensors``. Whoever reads one touches it, so that it counts as used.
+
+    Each process beyond the first may exceed the bound by 2 %.
 
     Args:
         directory: made with the first file.
@@ -24,31 +27,33 @@ class BoundedFolder:
     def __init__(self, directory: Path, bound: int) -> None:
         self.directory = directory
         self._bound = bound
-        self._bytes: int | None = None
+        # By this process since it last looked; others write here too.
+        self._written = math.inf
 
     def put(self, path: Path, write: Callable[[Path], object]) -> None:
         """Let ``write`` fill a file aside and rename it to ``path``, in the folder; then drop what is too much."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self._bytes is None:
-            self._bytes = sum(size for _, size, _ in self._entries())
         handle, name = tempfile.mkstemp(dir=self.directory, prefix=".", suffix=".part")
         os.close(handle)
         try:
             write(Path(name))
+            self._written += os.path.getsize(name)
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
-        self._bytes += path.stat().st_size
-        if self._bytes <= self._bound:
+        if self._written < self._bound * _BETWEEN_LOOKS:
             return
-        # Other processes write here too: look at what is really there.
+        self._written = 0
         entries = sorted(self._entries())
-        self._bytes = sum(size for _, size, _ in entries)
+        held = sum(size for _, size, _ in entries)
+        # What is written before the next look must fit, too.
+        if held <= self._bound * (1 - _BETWEEN_LOOKS):
+            return
         for _, size, old in entries:
-            if self._bytes <= self._bound * _AFTER_EVICTION:
+            if held <= self._bound * _AFTER_EVICTION:
                 break
             old.unlink(missing_ok=True)
-            self._bytes -= size
+            held -= size
 
     def _entries(self) -> list[tuple[int, int, Path]]:
         found = []

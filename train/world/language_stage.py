@@ -191,7 +191,7 @@ def train_language(
     easy_share: float = 0.45,
     easy_counts: tuple[float, float] = (0.08, 0.3),
     full_share: float = 0.4,
-    minutes: float = math.inf,
+    minutes: float | None = None,
     report: Any = print,
     project: Project = as_they_are,
     also: Sequence[torch.nn.Parameter] = (),
@@ -212,7 +212,7 @@ def train_language(
         seed: of everything random.
         easy_share: share of the steps that show short sequences of things: ``easy_counts`` of all tokens.
         full_share: share of the steps after those that show every token.
-        minutes: stop after this long, with the schedule squeezed to fit.
+        minutes: stop after this long, with the schedule squeezed to fit; None: no limit.
         report: called with a line of text.
         project, t_factors: see :func:`forward`; each step draws one of the latter, held-out clips get the first.
         also: further parameters that learn, of ``project`` and ``beside``.
@@ -237,7 +237,7 @@ def train_language(
     mean_loss, mean_right, last = 3.0, 0.0, {}
     bar = tqdm(range(steps), desc="language model", unit="step", mininterval=10)
     for step in bar:
-        done = max(step / steps, (time.monotonic() - started) / 60 / minutes)
+        done = max(step / steps, (time.monotonic() - started) / 60 / minutes if minutes else 0.0)
         if done >= 1:
             break
         for group in optimiser.param_groups:

@@ -138,12 +138,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     started = time.monotonic()
     torch.manual_seed(args.seed)
-    encoder = FootageEncoder(args.footage, args.max_gib)
-    pool = read_clips(encoder, CompositeSource("reader", args.clips, str(args.footage)))
-    held = read_clips(encoder, CompositeSource("validation", args.validation, str(args.footage)))
-    encoded = time.monotonic()
-    tokenizer = demo.build_tokenizer(corpus(), merges=400)
     with replaced(Path(args.output)) as staging:
+        encoder = FootageEncoder(args.footage, args.max_gib)
+        pool = read_clips(encoder, CompositeSource("reader", args.clips, str(args.footage)))
+        held = read_clips(encoder, CompositeSource("validation", args.validation, str(args.footage)))
+        encoded = time.monotonic()
+        tokenizer = demo.build_tokenizer(corpus(), merges=400)
         demo.build_model(
             staging,
             dtype="float32",
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=int, default=96, help="clips on other backgrounds")
     parser.add_argument("--projector-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="of the language model, at most")
+    parser.add_argument("--minutes", type=float, help="of the language model, at most (default: no limit)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--easy-share", type=float, default=0.4, help="short sequences first")
     parser.add_argument("--seed", type=int, default=0)

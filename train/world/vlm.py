@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from score_vllm import demo
+from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.world.drawn_clips import encode_pool
 from score_vllm.train.world.language_stage import Words, accuracy, train_language
 from score_vllm.train.world.render import render, write_clip
@@ -69,7 +70,16 @@ def corpus() -> Iterator[str]:
 
 @contextlib.contextmanager
 def replaced(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` to fill, which takes its place where nothing was raised, and is removed else."""
+    """A folder beside ``output`` to fill, which takes its place where nothing was raised, and is removed else.
+
+    Raises:
+        ConfigurationError: ``output`` is there and is no checkpoint.
+    """
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not empty and not (output / "config.json").is_file():
+        raise ConfigurationError(
+            f"--output {str(output)!r} exists and is no checkpoint (no config.json); refusing to replace it"
+        )
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         yield staging
@@ -110,8 +120,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     started = time.monotonic()
-    tokenizer = demo.build_tokenizer(corpus(), merges=400)
     with replaced(Path(args.output)) as staging:
+        tokenizer = demo.build_tokenizer(corpus(), merges=400)
         demo.build_model(
             staging,
             dtype="float32",
@@ -177,8 +187,8 @@ def tqdm_print(text: str) -> None:
     tqdm.write(text)
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; exits with 2 where the output cannot be replaced."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="directory of the checkpoint; replaced")
     parser.add_argument("--clip", type=Path, help="also write the demo's sample clip to this file")
@@ -190,13 +200,12 @@ def main() -> None:
     parser.add_argument("--first-clip", type=int, default=0, help="of the second stage's clips")
     parser.add_argument("--language-steps", type=int, default=6000)
     parser.add_argument("--clips", type=int, default=4000, help="clips encoded for the second stage")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="of the second stage, at most")
+    parser.add_argument("--minutes", type=float, help="of the second stage, at most (default: no limit)")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.clip:
         write_clip(render(make_clip("demo", demo.CLIP_INDEX)[0]).frames, args.clip)
-    tqdm_print(json.dumps(train(args), indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        tqdm_print(json.dumps(train(args), indent=2))
+    except ConfigurationError as error:
+        parser.exit(2, f"error: {error}\n")
