@@ -84,6 +84,19 @@ def ratios(text: str) -> list[float]:
     return found
 
 
+def one_ratio(text: str) -> float:
+    """An argparse type: one number in (0, 1]."""
+    found = ratios(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"must be one number in (0, 1], got {text!r}")
+    return found[0]
+
+
+def percent(share: float) -> str:
+    """A retention ratio as tables name it: ``10%``, ``2.5%``."""
+    return f"{100 * share:g}%"
+
+
 def script_parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser that shows a script's docstring as it is written."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,7 +104,7 @@ def script_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def row_name(ratio: float | None) -> str:
     """``vanilla`` (None) or ``SCORE 10%``."""
-    return "vanilla" if ratio is None else f"SCORE {100 * ratio:g}%"
+    return "vanilla" if ratio is None else f"SCORE {percent(ratio)}"
 
 
 def synchronize() -> None:

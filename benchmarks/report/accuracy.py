@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness import percent
 from benchmarks.report import NOT_MEASURED, Block, Document, Lines, link
 from benchmarks.report.plot import GREY, Panel, Series, png
 
@@ -28,7 +29,7 @@ def world_rows(document: Document) -> tuple[list[str], Lines]:
     ratios = sorted({ratio for _, ratio in by_key}, reverse=True)
     names = dict.fromkeys(name for name, _ in by_key)
     lines = [[name, *(accuracy_cell(by_key.get((name, ratio))) for ratio in ratios)] for name in names]
-    return ["right answers, %", *(f"{ratio:.0%}" for ratio in ratios)], lines
+    return ["right answers, %", *map(percent, ratios)], lines
 
 
 def vanilla_row(document: Document) -> dict[str, Any]:

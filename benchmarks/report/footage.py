@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness import table
+from benchmarks.harness import percent, table
 from benchmarks.report import Block, Document, Lines
 from benchmarks.report.accuracy import curves, vanilla_row, world_rows
 from benchmarks.report.plot import GREY, Panel, Series, png
@@ -43,7 +43,7 @@ def differences(document: Document) -> str:
         ("over the best method without training", best.__getitem__),
         (f"over {document['reference']}", lambda ratio: document["reference"]),
     ):
-        header = [title, *(f"{ratio:.0%} ({other(ratio)})" for ratio in asked)]
+        header = [title, *(f"{percent(ratio)} ({other(ratio)})" for ratio in asked)]
         lines = [
             [name, *(_gain(by_key[name, ratio]["against"].get(other(ratio))) for ratio in asked)]
             for name in names
@@ -69,7 +69,7 @@ def kinds(document: Document) -> str:
         if key == "kinds":
             lines.append(["no tokens", *(f"{100 * plain['blind'][key][name]:.0f}" for name in names)])
         lines += [[row["method"], *(f"{100 * row[key][name]:.0f}" for name in names)] for row in rows]
-        parts.append(table([f"at {RATIO:.0%}, %", *names], lines))
+        parts.append(table([f"at {percent(RATIO)}, %", *names], lines))
     return "\n\n".join(parts)
 
 
@@ -87,7 +87,7 @@ def rot_rows(document: Document) -> tuple[list[str], Lines]:
     by_key = {(row["method"], row["retention_ratio"], row["study"], row["value"]): row for row in rows}
     lines = []
     for method, ratio in dict.fromkeys((row["method"], row["retention_ratio"]) for row in rows):
-        label = "all tokens" if method == "vanilla" else f"{method} {ratio:.0%}"
+        label = "all tokens" if method == "vanilla" else f"{method} {percent(ratio)}"
         cells = []
         for study, value in columns:
             found = by_key[method, ratio, study, value]
@@ -117,7 +117,7 @@ def rot_picture(document: Document, digest: str) -> bytes:
         mine = [row for row in rows if row["study"] == study and row["method"] in ("vanilla", document["family"])]
         for number, (method, ratio) in enumerate(dict.fromkeys((r["method"], r["retention_ratio"]) for r in mine)):
             points = [r for r in mine if (r["method"], r["retention_ratio"]) == (method, ratio)]
-            name = "all tokens" if method == "vanilla" else f"{ratio:.0%}"
+            name = "all tokens" if method == "vanilla" else percent(ratio)
             style = {"color": GREY, "linewidth": 2.5} if method == "vanilla" else {"color": f"C{number}"}
             series.append(
                 Series(name, [100 * r["accuracy"] for r in points], [r["value"] for r in points], style=style)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from benchmarks.harness import table
+from benchmarks.harness import percent, table
 from benchmarks.report import NOT_MEASURED, Block, Document, Lines, link
 from benchmarks.report.accuracy import accuracy_cell, vanilla_row
 
@@ -25,7 +25,7 @@ def ranking(document: Document) -> tuple[list[str], Lines]:
         cells = [accuracy_cell(by_key.get((name, ratio))) for ratio in ratios]
         seeds = max(len(row["seeds"]) for (one, _), row in by_key.items() if one == name)
         lines.append([str(place), name, f"trained, {seeds} seeds" if seeds else "", *cells, *_made(document, name)])
-    return ["", "right answers, %", "training", *(f"{ratio:.0%}" for ratio in ratios), "commit", "date"], lines
+    return ["", "right answers, %", "training", *map(percent, ratios), "commit", "date"], lines
 
 
 def by_kind(document: Document) -> tuple[list[str], Lines]:
@@ -38,7 +38,7 @@ def by_kind(document: Document) -> tuple[list[str], Lines]:
         [names.get(row["method"], row["method"]), *(f"{100 * row['kinds'][kind]:.1f}" for kind in kinds)]
         for row in rows
     ]
-    return [f"at {RATIO:.0%}, %", *kinds], lines
+    return [f"at {percent(RATIO)}, %", *kinds], lines
 
 
 def _accuracy(by_key: dict[tuple[str, float], dict[str, Any]], name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness import row_name
 from benchmarks.report import Block, Document, Lines
 from benchmarks.report.plot import COLOURS, GREY, Panel, Series, png
 
@@ -145,7 +146,7 @@ def reuse_rows(document: Document) -> tuple[list[str], Lines]:
 def scaled_ratio(document: Document) -> str:
     """The compressed engine's retention ratio, as in "SCORE 10%"."""
     ratio = next(row["retention_ratio"] for row in document["fit"] if row["retention_ratio"] is not None)
-    return f"SCORE {ratio:.0%}"
+    return row_name(ratio)
 
 
 def scaling_rows(document: Document) -> tuple[list[str], Lines]:

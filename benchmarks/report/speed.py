@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness import percent
 from benchmarks.report import NOT_MEASURED, Block, Document, Lines
 
 OTHERS = ("torch", "compiled torch", "EVS selection", "VidCom2 selection")
@@ -22,8 +23,8 @@ def methods_rows(document: Document) -> tuple[list[str], Lines]:
             line.append(f"{row['ms']['median'] / base['ms']['median']:.2f}x" if row and base else "")
         least = by_key.get((method, variant, ratios[-1]))
         lines.append([*line, "{min} / {median:g} / {max}".format(**least["kept_per_frame"]) if least else ""])
-    kept = f"kept per frame at {100 * ratios[-1]:g}%, least / median / most"
-    return ["method", *[f"time at {100 * ratio:g}%" for ratio in ratios], kept], lines
+    kept = f"kept per frame at {percent(ratios[-1])}, least / median / most"
+    return ["method", *[f"time at {percent(ratio)}" for ratio in ratios], kept], lines
 
 
 def kernels_rows(document: Document) -> tuple[list[str], Lines]:
@@ -50,7 +51,7 @@ def kernels_rows(document: Document) -> tuple[list[str], Lines]:
 def kernels_caption(document: Document) -> str:
     """Machine and sizes."""
     arguments = document["arguments"]
-    kept = f"{100 * arguments['retention']:g}% kept, D = {arguments['hidden']}, H = {arguments['width']}"
+    kept = f"{percent(arguments['retention'])} kept, D = {arguments['hidden']}, H = {arguments['width']}"
     threads = "" if document.get("gpu") else f", {document.get('threads')} thread(s)"
     return f"{document['environment']['machine']}{threads}; {kept}; peak memory as a share of the tokens'"
 

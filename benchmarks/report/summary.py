@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.harness import row_name, table
+from benchmarks.harness import percent, row_name, table
 from benchmarks.report import NOT_MEASURED, Block, Document, link
 
 RATIOS = (0.4, 0.25, 0.1)
@@ -25,7 +25,7 @@ def whole(results: dict[str, Document], _: Any) -> str:
         name = row_name(ratio)
         factors = [rows[name]["speedup"], rows[name]["flop_bound"]]
         factors += [first["vanilla"] / first[name], rate[name] / rate["vanilla"]]
-        lines.append([f"{ratio:.0%}", *[f"{factor:.1f}x" for factor in factors]])
+        lines.append([percent(ratio), *[f"{factor:.1f}x" for factor in factors]])
     header = ["kept", "prefill", "its FLOP bound", "time to first token", f"requests/s, {USERS} users"]
     machines = " and ".join(dict.fromkeys(results[name]["environment"]["machine"] for name in FILES))
     return f"{table(header, lines)}\n\n({machines}; {', '.join(map(link, FILES))})"

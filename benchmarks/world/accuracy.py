@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import RESULTS, ratios
+from benchmarks.harness import RESULTS, at_least, one_ratio, percent, ratios
 from benchmarks.report import publish
 from score_vllm import RetentionPolicy, VideoGrid, methods, select_tokens
 from score_vllm.train.world.language_stage import Words, forward
@@ -94,6 +94,14 @@ def everything(clip: HeldOut) -> tuple[torch.Tensor, torch.Tensor]:
     return flat, torch.arange(len(flat))
 
 
+def method_names(text: str) -> list[str]:
+    """An argparse type: methods without training, with commas between; none where it is empty."""
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    return names
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the world benchmark."""
     parser.add_argument("--model", default="demo", help="'demo' or a directory of score_vllm.train.world's")
@@ -104,19 +112,20 @@ def add_world_arguments(parser: argparse.ArgumentParser, kept: str, clips: int, 
     """Options of a table over either world, with its default ratios, number of clips and results file."""
     add = parser.add_argument
     add("--policies", type=Path, help="folder with policies NAME-SEED/policy, as train_policies.py leaves it")
-    add("--methods", default=",".join(METHODS))
+    add("--methods", type=method_names, default=",".join(METHODS), help="with commas between (default: %(default)s)")
     add(
         "--ranked-share",
-        type=float,
+        type=one_ratio,
         metavar="S",
         help="each policy also so: the best S of all tokens, the rest even; 1: all ranked",
     )
     add("--ratios", type=ratios, default=kept, help="with commas between")
-    add("--clips", type=int, default=clips)
-    add("--questions", type=int, default=8, help="per clip, at most")
+    # Of fewer there is no standard error.
+    add("--clips", type=at_least(2), default=clips)
+    add("--questions", type=at_least(1), default=8, help="per clip, at most")
     add("--split", default="held_out", help="'validation' while tuning, so that held_out stays unseen")
     add("--output", type=Path, default=RESULTS / output)
-    add("--threads", type=int, help="of torch")
+    add("--threads", type=at_least(1), help="of torch")
 
 
 def held_out_clips(model: Path, split: str, count: int, per_clip: int) -> list[HeldOut]:
@@ -190,7 +199,7 @@ def candidates(methods: Sequence[str], policies: Path | None, ranked_share: floa
             if ranked_share not in (None, policy.config.ranked_share):
                 again = RetentionPolicy.from_pretrained(path)
                 again.config = replace(again.config, ranked_share=ranked_share)
-                rule = "all ranked" if ranked_share == 1 else f"best {ranked_share:.0%}"
+                rule = "all ranked" if ranked_share == 1 else f"best {percent(ranked_share)}"
                 found.append(Candidate(f"{name}, {rule}", "score", again, int(seed)))
     return found
 
@@ -234,6 +243,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    chosen = candidates(args.methods, args.policies, args.ranked_share)
     model_path = demo_model() if args.model == "demo" else Path(args.model)
     clips = held_out_clips(model_path, args.split, args.clips, args.questions)
     # One length of question lists per batch keeps batches full.
@@ -244,7 +254,6 @@ def main(args: argparse.Namespace) -> None:
 
     right, losses, _ = answer(model, words, clips, everything)
     vanilla = measure(clips, right, losses)
-    chosen = candidates([name for name in args.methods.split(",") if name], args.policies, args.ranked_share)
     for candidate in chosen[:1] + [c for c in chosen if c.policy is not None][:1]:
         again, _, _ = answer(model, words, clips[:16], partial(candidate.select, ratio=1.0))
         if again != right[:16]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import RESULTS, at_least, integers, ratios, script_parser
 from benchmarks.report import publish
-from benchmarks.world.accuracy import Candidate, HeldOut, candidates, everything
+from benchmarks.world.accuracy import Candidate, HeldOut, candidates, everything, method_names
 from benchmarks.world.footage import Reader, footage_clips, open_reader, paired
 from score_vllm.train.world.composite import NUM_FRAMES
 from score_vllm.train.world.composite_source import CompositeSource
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--reader", type=Path, default=Path("runs/reader"))
     parser.add_argument("--policies", type=Path, required=True, help="folder with policies NAME-SEED/policy")
     parser.add_argument("--family", default="budget-matched")
-    parser.add_argument("--methods", default="vidcom2,random", help="beside the family")
+    parser.add_argument("--methods", type=method_names, default="vidcom2,random", help="beside the family")
     parser.add_argument("--ratios", type=ratios, default="0.4,0.25,0.1,0.05")
     parser.add_argument("--lengths", type=integers, default="1,2,4,8,16", help="times 16 frames")
     parser.add_argument("--strided", type=at_least(2), default=4, help="length at which frame rates are compared")
@@ -92,7 +92,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     reader, footage = open_reader(args.reader), record_of(args.reader)["footage"]
     named: dict[str, list[Candidate]] = {}
-    for candidate in candidates([name for name in args.methods.split(",") if name], args.policies):
+    for candidate in candidates(args.methods, args.policies):
         if candidate.policy is None or candidate.name == args.family:
             named.setdefault(candidate.name, []).append(candidate)
     if args.family not in named:

@@ -192,6 +192,7 @@ def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.monotonic()
+    chosen = candidates(args.methods, args.policies, args.ranked_share)
     reader = open_reader(args.reader)
     record = record_of(args.reader)
     clips = footage_clips(
@@ -201,7 +202,6 @@ def main(args: argparse.Namespace) -> None:
     count, grounds = sum(len(clip.questions) for clip in clips), {clip.background for clip in clips}
     if args.split == "held_out" and (count < LEAST_QUESTIONS or len(grounds) < LEAST_BACKGROUNDS):
         print(f"warning: {count} questions on {len(grounds)} backgrounds say little")
-    chosen = candidates([name for name in args.methods.split(",") if name], args.policies, args.ranked_share)
     rows = table(reader, clips, chosen, args.ratios, args.reference)
     facts = {
         "questions": count,

@@ -118,3 +118,22 @@ def test_standardised_tokens_are_scaled_back() -> None:
     mean, scale = torch.randn(8), torch.rand(8) + 0.5
     rows, indices = Candidate("vidcom2", "vidcom2", channels=(mean, scale)).select(clip, 0.5)
     torch.testing.assert_close(rows, x.flatten(0, 1)[indices])
+
+
+def test_another_ranked_share_is_named_as_it_is(tmp_path: Path) -> None:
+    RetentionPolicy(8).save_pretrained(tmp_path / "score-0" / "policy")
+    found = world_accuracy.candidates([], tmp_path, 0.025)
+    assert [candidate.name for candidate in found] == ["score", "score, best 2.5%"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--clips", "1"), ("--questions", "0"), ("--ranked-share", "1.5"), ("--methods", "uniform,score")],
+)
+@pytest.mark.parametrize("benchmark", ["world", "footage"])
+def test_options_are_checked_before_anything_is_encoded(
+    benchmark: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        accuracy.main(["--benchmark", benchmark, option, value])
+    assert f"argument {option}: must be" in capsys.readouterr().err

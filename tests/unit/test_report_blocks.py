@@ -177,3 +177,19 @@ def test_leaderboard_ranks_by_the_tenth_and_says_when_each_row_was_made() -> Non
     kinds = [["all tokens", "80.0", "90.0"], ["score", "74.0", "84.0"], ["late", "50.0", "60.0"]]
     assert cells(second) == [*kinds, ["random", "40.0", "50.0"]]
     assert second.endswith("### Real footage\n\n*Not measured yet.*")
+
+
+def test_ratios_between_whole_percents_are_named_as_they_are() -> None:
+    document = world_document()
+    for row in document["rows"]:
+        row["retention_ratio"] = {0.4: 0.125}.get(row["retention_ratio"], row["retention_ratio"])
+        row["achieved_ratio"] = row["retention_ratio"]
+    scaling = scaling_document()
+    scaling["fit"][1]["retention_ratio"] = 0.125
+    for text in (
+        BLOCKS["accuracy_summary"].part(document, "accuracy_world.json"),
+        BLOCKS["leaderboard"].render({"accuracy_world.json": document}),
+        BLOCKS["scaling"].part(scaling, "scaling_x.json"),
+    ):
+        assert "12.5%" in text
+        assert "12%" not in text
