@@ -84,14 +84,6 @@ def ratios(text: str) -> list[float]:
     return found
 
 
-def one_ratio(text: str) -> float:
-    """An argparse type: one number in (0, 1]."""
-    found = ratios(text)
-    if len(found) > 1:
-        raise argparse.ArgumentTypeError(f"must be one number in (0, 1], got {text!r}")
-    return found[0]
-
-
 def percent(share: float) -> str:
     """A retention ratio as tables name it: ``10%``, ``2.5%``."""
     return f"{100 * share:g}%"

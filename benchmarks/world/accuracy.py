@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import RESULTS, at_least, one_ratio, percent, ratios
+from benchmarks.harness import RESULTS, at_least, percent, ratios
 from benchmarks.report import publish
 from score_vllm import RetentionPolicy, VideoGrid, methods, select_tokens
 from score_vllm.train.world.language_stage import Words, forward
@@ -100,6 +100,14 @@ def method_names(text: str) -> list[str]:
     if unknown := [name for name in names if name not in METHODS]:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(METHODS)}, got {', '.join(unknown)}")
     return names
+
+
+def one_ratio(text: str) -> float:
+    """An argparse type: one number in (0, 1]."""
+    found = ratios(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"must be one number in (0, 1], got {text!r}")
+    return found[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
