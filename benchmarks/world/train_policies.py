@@ -35,11 +35,12 @@ FAMILIES: dict[str, list[str]] = {
     "budget-matched": ["policy.ranked_share=1", "rollout.ratio_min=0.06", "rollout.ratio_max=0.5"],
 }
 FOOTAGE_FAMILIES: dict[str, list[str]] = {
-    "score": PAPER,
-    "score-no-residual": [*PAPER, "policy.use_residual=false"],
     "budget-matched": [],
     "no-residual": ["policy.use_residual=false"],
     "coverage": ["policy.ranked_share=0.04"],
+    # The demo's budgets and rest.
+    "small-budgets": ["policy.ranked_share=0.03", "rollout.ratio_max=0.15"],
+    "paper": PAPER,
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}
 

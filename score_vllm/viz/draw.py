@@ -107,7 +107,7 @@ def contact_sheet(
         grid: T, h, w of the video's tokens.
         selections: label -> selection, drawn in this order.
         times: [F] seconds of the frames, written under the cells; None: nothing is written.
-        max_cells: evenly spaced cells to show, at least 1.
+        max_cells: cells to show, at least 1: the clip in as many equal parts, of each the cell that keeps the most.
         cell_width: width of each in pixels, at least 16.
         theme: colours.
 
@@ -123,8 +123,8 @@ def contact_sheet(
     if max_cells < 1 or cell_width < 16:
         raise ValueError(f"max_cells must be >= 1 and cell_width >= 16, got {max_cells} and {cell_width}")
     number = min(max_cells, grid.t)
-    # First and last included: steps that divide T would show only one frame of each of DyCoke's groups.
-    cells = [round(i * (grid.t - 1) / max(1, number - 1)) for i in range(number)]
+    fullness = sum(mask.sum(axis=(1, 2)) for mask in masks.values())
+    cells = [int(part[fullness[part].argmax()]) for part in np.array_split(np.arange(grid.t), number)]
     firsts = [-(-t * len(frames) // grid.t) for t in cells]
     size = _fit(cell_width, frames)
     inner = number * cell_width + (number - 1) * GAP
@@ -141,7 +141,8 @@ def contact_sheet(
 
     top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
     shown = ", ".join(str(t) for t in cells)
-    title = f"video   {grid.t} x {grid.h} x {grid.w} tokens   cells {shown}   strips: kept tokens per cell, 0 to {top}"
+    title = f"video   {grid.t} x {grid.h} x {grid.w} tokens   the fullest cells {shown}"
+    title += f"   strips: kept tokens per cell, 0 to {top}"
     y = paint(MARGIN, title, None) + GAP
     if times is not None:
         for i, first in enumerate(firsts):

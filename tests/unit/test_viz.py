@@ -100,6 +100,15 @@ def test_the_sheet_has_a_row_per_method_and_marks_the_cells_shown() -> None:
     assert marked.any(1).all()
 
 
+def test_of_each_part_of_the_clip_the_cell_that_keeps_most_is_shown() -> None:
+    selections = {"a": keep([4 * 24, 3, 5]), "b": keep([2 * 24])}
+    sheet = viz.contact_sheet(clip(), GRID, selections, cell_width=96, max_cells=2)
+    shown = [sheet[MARGIN + LABEL_HEIGHT :, MARGIN + left :][:HEIGHT, :96] for left in (0, 96 + GAP)]
+    # Parts are cells 0 to 2 and 3 to 4; cell 0 keeps two tokens, cell 4 one.
+    assert np.array_equal(shown[0], clip()[0])
+    assert np.array_equal(shown[1], clip()[8])
+
+
 def test_seconds_stand_under_the_cells() -> None:
     plain = viz.contact_sheet(clip(), GRID, {"a": keep([8])}, cell_width=96)
     times = np.arange(FRAMES) / 2 + 100
