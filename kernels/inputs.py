@@ -211,9 +211,10 @@ class PositionTable:
         """The table on a device, without a host sync."""
         if self.affine.device == device and (not self.num_structure or self.structure.device == device):
             return self
-        return replace(self, affine=_upload(self.affine, device), structure=_upload(self.structure, device))
+        return replace(self, affine=upload(self.affine, device), structure=upload(self.structure, device))
 
 
-def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+def upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, without a host sync."""
     pinned = device.type == "cuda" and table.device.type == "cpu" and table.numel()
     return (table.pin_memory() if pinned else table).to(device, non_blocking=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from score_vllm.kernels import reference, torch_blocked
-from score_vllm.kernels.inputs import PolicyWeights, PositionTable, pack_weights
+from score_vllm.kernels.inputs import PolicyWeights, PositionTable, pack_weights, upload
 from score_vllm.layout import grid_layout, interleaved_layout
 from score_vllm.types import VideoGrid
 
@@ -280,7 +280,8 @@ def select_rows(
         positions: as ``channels`` of :func:`gather`.
         width: D <= W, columns that the policy reads; the rest only travels with the kept rows. None: all.
         learned: as in :func:`gather`.
-        always: [E <= K] int64 flat indices that are kept whatever their scores; None: none.
+        always: [E <= K] int64 flat indices that are kept whatever their scores; None: none. On the tokens' device where
+            no copy is wanted (under CUDA-graph capture it must be).
 
     Returns:
         :class:`SelectedRows`: ``buffer`` [S + K, W + C], ``indices`` [K], ``has_nan``, ``scores`` [T * N].
@@ -313,7 +314,7 @@ def keep_always(scores: torch.Tensor, always: torch.Tensor | None) -> torch.Tens
     """Make the scores at ``always`` infinite, in place; NaN stays NaN."""
     if always is None:
         return scores
-    return scores.index_add_(0, always.to(scores.device), scores.new_full(always.shape, float("inf")))
+    return scores.index_add_(0, upload(always, scores.device), scores.new_full(always.shape, float("inf")))
 
 
 def warm_up(weights: PolicyWeights, row_width: int | None = None) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from score_vllm.budget import num_retained_tokens
 from score_vllm.config import FIRST_ARCHITECTURE, PolicyConfig, default_policy_width
 from score_vllm.coverage import even_tokens
 from score_vllm.kernels import ops, reference
@@ -110,7 +111,7 @@ class RetentionPolicy(torch.nn.Module):
         Returns:
             [E < K] int64 flat indices, ascending, on the CPU; None where the logits choose all K.
         """
-        count = num_retained - max(1, int(self.config.ranked_share * grid.num_tokens))
+        count = num_retained - num_retained_tokens(grid.num_tokens, self.config.ranked_share)
         return even_tokens(grid, count) if count > 0 else None
 
     @property

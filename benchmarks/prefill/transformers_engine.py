@@ -154,7 +154,7 @@ class TransformersEngine:
             if table is not None:
                 offsets = unpack_offsets(out.buffer[:, width:])
         else:
-            kept, _ = select_retained(x, keep, method, policy=self.policy, saliency=self.saliency[number])
+            kept, _ = select_retained(x, keep, method, saliency=self.saliency[number], grid=layout.grid)
             indices, rows = kept.indices, kept.embeddings
         if offsets is None:
             offsets = self.offsets[number][indices]

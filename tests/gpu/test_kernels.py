@@ -83,16 +83,18 @@ def test_no_host_sync(device):
     x = torch.randn(grid.t, grid.tokens_per_frame, D, device=device).to(torch.bfloat16)
     weights = policy_weights(device)
     table = ops.PositionTable.from_layout(grid_layout(grid, 2.0))
-    ops.select_rows(x, weights, 288, table)
+    always = torch.arange(0, grid.num_tokens, 20)
+    ops.select_rows(x, weights, 288, table, always=always)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = ops.select_rows(x, weights, 288, table)
+        out = ops.select_rows(x, weights, 288, table, always=always)
         ops.topk(out.scores, 17)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ops.last_backend("select_rows") == "triton"
     assert torch.equal(out.buffer, reference.gather(x, out.indices, table))
+    assert torch.isin(always, out.indices.cpu()).all()
 
 
 def test_cuda_graph_replays_on_new_tokens(device):

@@ -37,6 +37,16 @@ def test_the_best_are_kept_and_the_rest_is_even(ratio: float) -> None:
     assert kept == even | set(chosen)
 
 
+def test_the_ranked_tokens_are_counted_as_the_budget_is() -> None:
+    """In decimals, as written: a budget of the same share leaves nothing to spread."""
+    policy = RetentionPolicy(16, 32, ranked_share=0.29)
+    grid = VideoGrid(10, 2, 5)
+    assert policy.spread(grid, num_retained_tokens(100, 0.29)) is None
+    even = policy.spread(grid, num_retained_tokens(100, 0.3))
+    assert even is not None
+    assert len(even) == 1
+
+
 def test_the_share_is_saved_and_changes_the_digest(tmp_path: Path) -> None:
     policy = RetentionPolicy(16, 32, seed=2, ranked_share=0.06)
     saved = RetentionPolicy.from_pretrained(policy.save_pretrained(tmp_path / "policy"))
