@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from score_vllm.files import write_atomically
 from score_vllm.train.config import TrackingSettings
 from score_vllm.train.schema import MissingError
 
@@ -49,11 +48,7 @@ def _cut(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line + "\n")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".log-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    write_atomically(path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
 
 
 def start_trackers(accelerator: Any, settings: TrackingSettings, plain: dict[str, Any]) -> None:

@@ -333,6 +333,9 @@ def test_folders_of_frames_and_made_clips_are_sent_as_mp4(endpoint: Endpoint, tm
     assert run(*args) == 1, "one row has no image"
     rows = lines(tmp_path / "out.jsonl")
     assert len(rows) == 5
+    (tmp_path / "any").touch()
+    readable = {path.stat().st_mode for path in (tmp_path / "made").glob("*.mp4")}
+    assert readable == {(tmp_path / "any").stat().st_mode}, "other users can read them, as any new file"
     original = open_source(source_config(kind="onevision-pseudo", path=str(tmp_path / "a.parquet"), split="all"))
     annotated = open_source(source_config(kind="jsonl", path=str(tmp_path / "out.jsonl"), split="all"))
     for i in range(5):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from score_vllm.client import Reply
+from score_vllm.files import write_atomically
 from score_vllm.train.annotate.filters import CaptionFilter, clean
 from score_vllm.train.annotate.log import AnnotationLog, Outcome, write_lines
 from score_vllm.train.annotate.teacher import AnswerError, NoAnswerError, Teacher, TeacherError
@@ -88,14 +88,7 @@ class MadeItems:
             return
         sample = self._source[index]
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".part")
-        try:
-            with open(handle, "wb") as file:
-                file.write(encode_mp4(sample.frames, sample.fps))
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, lambda part: part.write_bytes(encode_mp4(sample.frames, sample.fps)))
 
 
 @dataclass(frozen=True)

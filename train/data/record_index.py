@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from score_vllm.files import write_atomically
 from score_vllm.train.schema import MissingError
 
 log = logging.getLogger(__name__)
@@ -104,25 +104,19 @@ def open_index(data: Path, settings: dict[str, Any], scan: Callable[[], Iterable
     if not path.exists():
         with FileLock(cache / f"{name}.lock"):
             if not path.exists():
-                _build(path, scan())
+                write_atomically(path, lambda part: _build(part, scan()))
     return RecordIndex(path)
 
 
 def _build(path: Path, entries: Iterable[Entry]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
-    try:
-        with open(handle, "wb") as file:
-            buffer = array("q")
-            for entry in entries:
-                buffer.extend(entry)
-                if len(buffer) >= _FLUSH_ENTRIES * _ENTRY:
-                    buffer.tofile(file)
-                    del buffer[:]
-            buffer.tofile(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with path.open("wb") as file:
+        buffer = array("q")
+        for entry in entries:
+            buffer.extend(entry)
+            if len(buffer) >= _FLUSH_ENTRIES * _ENTRY:
+                buffer.tofile(file)
+                del buffer[:]
+        buffer.tofile(file)
 
 
 def with_progress(path: Path, records: Iterable[tuple[int, int, Any]]) -> Iterator[tuple[int, int, Any]]:
