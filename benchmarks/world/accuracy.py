@@ -193,13 +193,13 @@ def candidates(methods: Sequence[str], policies: Path | None, ranked_share: floa
     """Registered methods, then every trained policy found, and each again with another ``ranked_share``.
 
     Raises:
-        FileNotFoundError: the folder holds no policy.
+        SystemExit: the folder holds no policy.
     """
     found = [Candidate(name, name) for name in methods]
     if policies is not None:
         trained = sorted(policies.glob("*-[0-9]*/policy"))
         if not trained:
-            raise FileNotFoundError(f"--policies {policies}: no folder NAME-SEED/policy in it")
+            raise SystemExit(f"error: --policies {policies} has no folder NAME-SEED/policy")
         for path in trained:
             name, seed = path.parent.name.rsplit("-", 1)
             policy = RetentionPolicy.from_pretrained(path)

@@ -90,13 +90,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    reader, footage = open_reader(args.reader), record_of(args.reader)["footage"]
     named: dict[str, list[Candidate]] = {}
     for candidate in candidates(args.methods, args.policies):
         if candidate.policy is None or candidate.name == args.family:
             named.setdefault(candidate.name, []).append(candidate)
     if args.family not in named:
         parser.error(f"--policies {args.policies}: no {args.family}-SEED/policy in it")
+    reader, footage = open_reader(args.reader), record_of(args.reader)["footage"]
     started, rows = time.monotonic(), []
     studies = [("length", length, {"num_frames": length * NUM_FRAMES, "clutter": 2}) for length in args.lengths]
     studies += [("clutter", clutter, {"clutter": clutter}) for clutter in CLUTTER]

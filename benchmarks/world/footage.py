@@ -38,7 +38,7 @@ from score_vllm.train.world.composite import GRID
 from score_vllm.train.world.composite_source import CompositeSource
 from score_vllm.train.world.dinov2 import FootageEncoder
 from score_vllm.train.world.language_stage import Words
-from score_vllm.train.world.reader import FootageVLM, record_of
+from score_vllm.train.world.reader import FootageVLM, is_reader, record_of
 from score_vllm.train.world.reader_stage import GATE, T_FACTORS
 from score_vllm.types import VideoGrid
 
@@ -75,7 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_reader(path: Path) -> Reader:
-    """Load a reader."""
+    """Load a reader.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if not is_reader(path):
+        make = f"python -m score_vllm.train.world.reader_stage --output {path}"
+        raise SystemExit(f"error: --reader {path} is no reader; to train one: {make}")
     engine = FootageVLM.from_pretrained(path)
     assert isinstance(engine, FootageVLM)
     return Reader(engine, Words(engine.tokenizer))

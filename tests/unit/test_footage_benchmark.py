@@ -137,3 +137,12 @@ def test_options_are_checked_before_anything_is_encoded(
     with pytest.raises(SystemExit, match="2"):
         accuracy.main(["--benchmark", benchmark, option, value])
     assert f"argument {option}: must be" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named_in_one_sentence(tmp_path: Path) -> None:
+    for option, said in (
+        ("--reader", "is no reader; to train one: python -m"),
+        ("--policies", "has no folder NAME-SEED"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^error: {option} {tmp_path} {said}"):
+            accuracy.main(["--benchmark", "footage", option, str(tmp_path)])
