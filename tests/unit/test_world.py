@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.world import scenes as world
 from score_vllm.train.world.render import FIRST_FLASH, plate, render, shape_mask, write_clip
 from score_vllm.train.world.scenes import Flash, Scene, Thing
@@ -101,7 +102,7 @@ def test_source_is_a_training_source_and_refuses_the_held_out_split() -> None:
     assert source[2].target == world.caption(scene_of(2))
     with pytest.raises(IndexError):
         source[5]
-    with pytest.raises(ValueError, match="held_out"):
+    with pytest.raises(ConfigurationError, match="held_out"):
         world.WorldSource("held_out")
     with pytest.raises(ValueError, match="num_frames must be at least 6, got 4"):
         world.make_scene(np.random.default_rng(0), 4)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from score_vllm.train.data.sample import TrainingSample
+from score_vllm.train.schema import ConfigurationError
 
 FRAME_SIZE = 224
 FPS = 2.0
@@ -266,7 +267,7 @@ class WorldSource:
 
     def __post_init__(self) -> None:
         if self.split == "held_out":
-            raise ValueError("split 'held_out' is for evaluation only; choose another name")
+            raise ConfigurationError("split 'held_out' is for evaluation only; choose another name")
 
     def __len__(self) -> int:
         return self.size
