@@ -194,6 +194,13 @@ async function ask(ratio, signal, fresh) {
   }
 }
 
+/** Have the vision tower encode the clip: the second of two answers would find its cells there, and be the only one. */
+async function encode(signal) {
+  const body = { ...requestBody(await (page.clip.data ??= dataUrl(page.clip)), Number($("number").value)), max_tokens: 1 };
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal };
+  await (await call("v1/chat/completions", options)).json();
+}
+
 async function run(compare) {
   if (!page.clip) return complain(new Error("Choose a clip first, or take the sample."));
   complain(null);
@@ -211,6 +218,7 @@ async function run(compare) {
     const { signal } = page.running;
     if (!compare) await ask(ratio, signal, false);
     else {
+      await encode(signal);
       const whole = await ask(1, signal, true);
       showDifference(ratio, whole, await ask(ratio, signal, true));
     }
@@ -249,6 +257,7 @@ function showDifference(ratio, whole, kept) {
       return row;
     }),
   );
+  $("encoded").hidden = [whole, kept].some((r) => r.video?.encoded_cells !== 0);
   $("difference").hidden = false;
 }
 

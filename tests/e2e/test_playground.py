@@ -272,6 +272,13 @@ def test_compare_side_by_side(page: Page) -> None:
     page.screenshot("compare-light")
 
 
+def test_compare_of_a_new_clip_is_even(page: Page, fresh_clip: Path) -> None:
+    """The second answer alone would be without the vision tower's time."""
+    page.upload(fresh_clip)
+    page.click_and_wait("#compare", 2)
+    assert page.find("#encoded").is_displayed(), "both found every cell encoded"
+
+
 @pytest.mark.parametrize(("name", "message"), [("not_a_video", "video"), ("audio", "no video stream"), ("empty", "")])
 def test_a_file_that_is_no_video(name: str, message: str, page: Page, clips: dict[str, Path]) -> None:
     page.upload(clips[name])
