@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from typing import Any
 
 # Before vllm is imported: one process, so that the model can be reached, and our plug-in alone. Without a serving
@@ -60,7 +61,8 @@ class Engine:
         from vllm import LLM
 
         if serving is not None:
-            options["hf_overrides"] = serving.to_overrides()
+            # Rows share videos: a later one would find the vision tower's work, and its attention, done.
+            options["hf_overrides"] = replace(serving, cell_cache_gib=0).to_overrides()
         self.llm = LLM(
             model=model,
             dtype=dtype,

@@ -153,3 +153,27 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_engines_have_no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows ask about the same videos: what one has computed must not be missing from another's time."""
+    vllm = pytest.importorskip("vllm")
+    seen: dict[str, Any] = {}
+
+    class StoppedError(Exception):
+        pass
+
+    def llm(**options: Any) -> None:
+        seen.update(options)
+        raise StoppedError
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # which the module below writes to
+    monkeypatch.setattr(vllm, "LLM", llm, raising=False)
+    from benchmarks.engine import Engine
+    from score_vllm.config import ServingConfig
+
+    with pytest.raises(StoppedError):
+        Engine("model", ServingConfig(0.5, "uniform"), dtype="float32", length=64)
+    assert seen["hf_overrides"]["score"]["cell_cache_gib"] == 0
+    assert seen["mm_processor_cache_gb"] == 0
+    assert not seen["enable_prefix_caching"]
