@@ -51,7 +51,7 @@ class SelectedRows(NamedTuple):
         buffer: [S + K, W + C] in the dtype of the tokens: kept and structure rows, each followed by its channels.
         indices: [K] int64 flat indices, ascending.
         has_nan: 0-dim bool on the device, True where any score is NaN: the selection is then meaningless.
-        scores: [T * N] float32 logits.
+        scores: [T * N] float32 logits; infinite where tokens are kept always.
     """
 
     buffer: torch.Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +15,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path: of the file; an earlier one is replaced.
         write: gets a path of the same suffix in the same folder, which must exist.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    part = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
-        write(Path(name))
-        # mkstemp makes private files; give the result what the umask gives any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        # With the rights of any new file, which those of the tempfile module do not have.
+        part.touch(exist_ok=False)
+        write(part)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
