@@ -22,17 +22,21 @@ def main() -> None:
     parser.add_argument("--policy", help="directory of a retention policy (default: the demo's)")
     args = parser.parse_args()
 
-    from vllm import LLM, SamplingParams
-
     from score_vllm.config import ServingConfig
     from score_vllm.demo import ensure_demo
     from score_vllm.video import decode_video
 
     model, policy = map(str, ensure_demo()) if args.model is None else (args.model, args.policy)
     method = "score" if policy else "vidcom2"
-    serving = ServingConfig(retention_ratio=args.retention, method=method, policy=policy)
+    try:
+        video = decode_video(args.video.read_bytes())
+        serving = ServingConfig(retention_ratio=args.retention, method=method, policy=policy)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    from vllm import LLM, SamplingParams  # takes a while: after what can be wrong
+
     llm = LLM(model, hf_overrides=serving.to_overrides(), enforce_eager=True, max_model_len=8192)
-    video = decode_video(args.video.read_bytes())
     content = [{"type": "video"}, {"type": "text", "text": args.question}]
     messages = [{"role": "user", "content": content}]
     template = llm.get_tokenizer().apply_chat_template

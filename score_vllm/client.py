@@ -194,9 +194,9 @@ class Client:
                 async with asyncio.timeout(self.timeout):
                     response = await self.http.request(verb, self.base_url + path, content=content, headers=headers)
             except TimeoutError:
-                problem, status = f"no answer within {self.timeout:g} s", None
+                problem, status = f"{self.base_url}: no answer within {self.timeout:g} s", None
             except (httpx.TransportError, httpx.DecodingError) as error:
-                problem, status = f"{type(error).__name__}: {error}".removesuffix(": "), None
+                problem, status = f"{self.base_url}: {type(error).__name__}: {error}".removesuffix(": "), None
             else:
                 if response.status_code == 200:
                     return _json(response)

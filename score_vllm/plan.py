@@ -13,7 +13,7 @@ from typing import Any
 
 from score_vllm.architectures import BY_NAME, SHORT_NAMES, Architecture
 from score_vllm.budget import num_retained_tokens
-from score_vllm.catalog import UsageError
+from score_vllm.catalog import UsageError, resolve_model
 from score_vllm.layout import DIGITS, VideoLayout, grid_layout, timestamped_layout
 from score_vllm.positions import POSITION_CHANNELS
 from score_vllm.types import VideoGrid
@@ -41,12 +41,13 @@ def read_config(model: str) -> dict[str, Any]:
     names = {hub: short for short, hub in SHORT_NAMES.items()}
     if (short := names.get(model, model)) in built_in["models"]:
         return built_in["models"][short]
-    path = Path(model).expanduser() / "config.json"
+    source = resolve_model(model).path
+    path = Path(source).expanduser() / "config.json"
     try:
         if not path.parent.is_dir():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(SHORT_NAMES.get(model, model), "config.json"))
+            path = Path(hf_hub_download(source, "config.json"))
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

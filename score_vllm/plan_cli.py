@@ -42,7 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help=f"a directory with config.json, a hub id, or one of {', '.join(SHORT_NAMES)}")
     add("--gpu-gib", type=number, required=True, metavar="GIB", help="memory of one GPU")
     add("--gpus", type=count, default=1, metavar="N", help="--tensor-parallel-size (default: %(default)s)")
-    add("--frames", type=count, default=DEFAULT_MAX_FRAMES, metavar="N", help="--max-frames (default: %(default)s)")
+    add(
+        "--frames",
+        "--max-frames",
+        type=count,
+        default=DEFAULT_MAX_FRAMES,
+        metavar="N",
+        help="most frames read from a video (default: %(default)s)",
+    )
     add(
         "--pixels",
         type=count,
@@ -51,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="visual tokens of a cell, as large as a frame gets (default: %(default)s, score-serve's own limit); "
         "of no account for LLaVA, whose frames have one size",
     )
-    add("--ratio", type=_ratio, default=0.1, help="fraction of the tokens to keep (default: %(default)s)")
+    add(
+        "--ratio", "--retention", type=_ratio, default=0.1, help="fraction of the tokens to keep (default: %(default)s)"
+    )
     add("--fps", type=number, default=DEFAULT_FPS, help="frames per second read (default: %(default)s)")
     add("--text-tokens", type=count, default=512, metavar="N", help="question and answer (default: %(default)s)")
     add("--max-model-len", type=count, default=None, metavar="N", help="vLLM's (default: the model's own)")

@@ -10,8 +10,9 @@ from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
 from score_vllm.config import MAX_CELL_CACHE_GIB, MIN_PIXELS, check_cell_cache_gib
 from score_vllm.near_miss import near_miss
-from score_vllm.server.options import DEFAULT_BODY_MIB, LOADERS, LOCAL_HOSTS, TRAINING_FREE_METHOD
-from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES
+from score_vllm.server.media_options import LOADERS
+from score_vllm.server.options import DEFAULT_BODY_MIB, LOCAL_HOSTS, TRAINING_FREE_METHOD
+from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES, MAX_FPS
 
 PROG = "score-serve"
 USAGE = "score-serve --model MODEL [--retention RATIO] [SCORE options] [options of vLLM's server]"
@@ -200,6 +201,6 @@ def _positive_float(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 240:
-        raise argparse.ArgumentTypeError(f"must be a number in (0, 240], got {text!r}")
+    if not 0 < value <= MAX_FPS:
+        raise argparse.ArgumentTypeError(f"must be a number in (0, {MAX_FPS}], got {text!r}")
     return value

@@ -22,6 +22,8 @@ ALIASES = {
     "end": "video_end",
     "end_time": "video_end",
     "stop": "video_end",
+    "ratio": "retention_ratio",
+    "method": "retention_method",
 }
 # Of chat completions alone; the others also decide what /tokenize counts.
 EXPLAIN_FIELD = "score_explain"

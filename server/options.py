@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import socket
+from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any
 
-from score_vllm import plugin
+from score_vllm import methods, plugin
 from score_vllm.architectures import BY_NAME, REFUSED, Architecture
 from score_vllm.catalog import TRAIN_COMMAND, TRAINING_FREE_METHOD, ResolvedModel, UsageError, resolve_model
-from score_vllm.config import MEDIA_CONNECTOR, SPECULATIVE_METHODS, ServingConfig
+from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
 from score_vllm.models.worker import WORKER_EXTENSION
+from score_vllm.server.media_options import apply_media_options
 from score_vllm.server.selectors import resolve_selectors
 
 # Groups whose plug-ins vLLM loads unless VLLM_PLUGINS is set; setting it must not switch them off.
@@ -23,13 +25,10 @@ DEFAULT_ON_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
-LOADERS = {"pyav": "score_pyav", "decord": "score_decord", "vllm": None}
-MAX_DOWNLOAD_BYTES = 1 << 30
 # A video of 380 MB as a data URL. Such a body is held several times over while it is parsed and decoded.
 DEFAULT_BODY_MIB = 512
 # The playground is served there unless it is switched off.
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-MAX_VIDEOS_PER_PROMPT = 8
 
 
 def choose_method(method: str | None, policy: str | None, allowed: tuple[str, ...] = ()) -> tuple[str, str | None]:
@@ -166,43 +165,20 @@ def check_engine_options(args: argparse.Namespace) -> None:
         raise UsageError("--grpc is not supported: retention_ratio is a field of the HTTP API")
 
 
-def apply_media_options(args: argparse.Namespace, architecture: Architecture) -> int:
-    """Our loader, the family's sampling and a download cap, under what ``--media-io-kwargs`` says.
-
-    Returns:
-        The most frames of a video.
+def check_attention(args: argparse.Namespace, chosen: Sequence[str]) -> None:
+    """Refuse methods that rank by the tower's attention where it cannot be seen.
 
     Raises:
-        UsageError: ``--media-io-kwargs`` lifts the limit of frames.
+        UsageError: one of the chosen methods is such a one, and the tower is data-parallel or compiled.
     """
-    fps, max_frames = architecture.sampling
-    given = dict(args.media_io_kwargs or {})
-    frames = max_frames if args.max_frames is None else args.max_frames
-    video: dict[str, Any] = {"num_frames": frames}
-    if (loader := LOADERS[args.video_loader]) is not None:
-        video |= {"video_backend": loader, "fps": fps or 0, "max_bytes": MAX_DOWNLOAD_BYTES}
-    else:
-        # vLLM picks a loader for Qwen that goes by rate and heeds this name only.
-        video["max_frames"] = frames
-    if args.fps is not None:
-        video["fps"] = args.fps
-    asked = dict(given.get("video", {}))
-    if asked.get("video_backend", loader) != loader:
-        video.pop("max_bytes", None)  # a key of our loaders
-        video.pop("video_backend", None)
-    video |= asked
-    for name in {"num_frames", "max_frames"} & set(video):
-        if not isinstance(video[name], int) or video[name] < 1:
-            raise UsageError(
-                f"--media-io-kwargs: video.{name} must be an integer >= 1, got {video[name]!r}: memory is reserved for "
-                "this many frames"
-            )
-    args.media_io_kwargs = {**given, "video": video}
-    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
-    if "video" not in args.limit_mm_per_prompt:
-        # vLLM's default is 999: as many decoded videos as that would have to fit in memory at once.
-        args.limit_mm_per_prompt = {**args.limit_mm_per_prompt, "video": MAX_VIDEOS_PER_PROMPT}
-    return max(video["num_frames"], video.get("max_frames", 1))
+    if not any(methods.get(name).saliency for name in chosen):
+        return
+    from score_vllm.models.saliency import check_saliency_options
+
+    try:
+        check_saliency_options(args.mm_encoder_tp_mode, args.compilation_config)
+    except ValueError as error:
+        raise UsageError(f"--method, --allow-methods: {error}") from error
 
 
 def apply_scheduler_options(args: argparse.Namespace) -> None:
@@ -231,11 +207,13 @@ def apply_demo_defaults(args: argparse.Namespace, model: ResolvedModel) -> None:
 
 
 def check_port(args: argparse.Namespace) -> None:
-    """Say now, not after loading, that the port is taken.
+    """Say now, not after loading, that the server cannot listen there.
 
     Raises:
-        UsageError: another process listens there.
+        UsageError: another process does, or the port or the host is none.
     """
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port must be an integer in [0, 65535], got {args.port}; choose another --port")
     if args.uds is not None or args.port == 0:
         return
     family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
@@ -244,6 +222,10 @@ def check_port(args: argparse.Namespace) -> None:
         try:
             probe.bind((args.host or "", args.port))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise UsageError(
+                    f"--host {args.host!r} is no address of this machine: {error.strerror}; choose another --host"
+                ) from error
             raise UsageError(f"--port {args.port} cannot be used: {error.strerror}; choose another --port") from error
 
 
@@ -273,6 +255,7 @@ def configure(args: argparse.Namespace) -> str | None:
         policy, digest = check_policy(policy, hidden_size, architecture.name)
     frames = apply_media_options(args, architecture)
     chosen = (method, *(name for name in args.allow_methods if name != method))
+    check_attention(args, chosen)
     selectors = resolve_selectors(args.selector, chosen, hidden_size, architecture.name)
     serving = ServingConfig(
         args.retention,

@@ -16,11 +16,11 @@ from vllm.exceptions import VLLMValidationError
 from score_vllm.budget import check_retention_ratio
 from score_vllm.models.video_options import VideoOptions
 from score_vllm.server.content import ALIASES, EXPLAIN_FIELD, OWN_FIELDS, standard_messages
+from score_vllm.video.sampling import MAX_FPS
 
 FIELD = "retention_ratio"
 METHOD_FIELD = "retention_method"
 VIDEO_FIELDS = tuple(f"video_{name}" for name in VideoOptions.__dataclass_fields__)
-MAX_FPS = 240
 MAX_SECONDS = 7 * 24 * 3600
 
 

@@ -18,17 +18,26 @@ from score_vllm.vision.saliency import KINDS
 
 
 def check_saliency_config(config: Any) -> None:
+    """:func:`check_saliency_options` of vLLM's configuration."""
+    check_saliency_options(config.model_config.get_multimodal_config().mm_encoder_tp_mode, config.compilation_config)
+
+
+def check_saliency_options(tower_mode: str, compilation: Any) -> None:
     """Refuse set-ups in which the hook would not see every query and key.
+
+    Args:
+        tower_mode: ``--mm-encoder-tp-mode``.
+        compilation: ``--compilation-config``.
 
     Raises:
         ValueError: one sentence that names the option.
     """
-    if config.model_config.get_multimodal_config().mm_encoder_tp_mode == "data":
+    if tower_mode == "data":
         raise ValueError(
             "methods that rank by attention do not support --mm-encoder-tp-mode data: "
             "each rank sees some of the videos only; use the mode 'weights' or another method"
         )
-    if getattr(config.compilation_config, "compile_mm_encoder", False):
+    if getattr(compilation, "compile_mm_encoder", False):
         raise ValueError(
             "methods that rank by attention do not support compile_mm_encoder: a compiled tower does not call the hook"
         )

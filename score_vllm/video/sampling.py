@@ -15,6 +15,8 @@ from score_vllm.video.container import VideoWindowError
 TEMPORAL_MERGE = 2
 MIN_FRAMES = 4
 DEFAULT_FPS = 2.0
+# What options and requests may ask for; the library takes any rate up to 1000.
+MAX_FPS = 240
 # Most merged tokens of a temporal cell, by which frames are made smaller before the vision tower.
 DEFAULT_CELL_TOKENS = 768
 THINNINGS = ("even", "octave")
@@ -83,7 +85,9 @@ def choose(
         ValueError: another argument is out of range.
     """
     stamps = np.asarray(stamps, dtype=np.float64)
-    _check(stamps, fps, max_frames, thinning, temporal_merge, min_frames)
+    if stamps.ndim != 1 or not len(stamps) or (np.diff(stamps) < 0).any():
+        raise ValueError(f"stamps must be a non-empty ascending list of seconds, got {len(stamps)} of them")
+    check_sampling(fps, max_frames, thinning, temporal_merge, min_frames)
     low, high = resolve_window(start, end, duration)
     first = max(0, int(np.searchsorted(stamps, low + _TICK, side="right")) - 1)
     stop = int(np.searchsorted(stamps, high - _TICK, side="right"))
@@ -117,11 +121,18 @@ def resolve_window(start: float | None, end: float | None, duration: float) -> t
     return float(low), float(min(high, duration))
 
 
-def _check(
-    stamps: np.ndarray, fps: float | None, max_frames: int, thinning: str, temporal_merge: int, min_frames: int
+def check_sampling(
+    fps: float | None = DEFAULT_FPS,
+    max_frames: int = DEFAULT_MAX_FRAMES,
+    thinning: str = "even",
+    temporal_merge: int = TEMPORAL_MERGE,
+    min_frames: int = MIN_FRAMES,
 ) -> None:
-    if stamps.ndim != 1 or not len(stamps) or (np.diff(stamps) < 0).any():
-        raise ValueError(f"stamps must be a non-empty ascending list of seconds, got {len(stamps)} of them")
+    """What can be wrong with the arguments of :func:`choose` whatever the video is.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
     if fps is not None and not (math.isfinite(fps) and 0 <= fps <= 1000):
         raise ValueError(f"fps must be None or in [0, 1000], got {fps!r}")
     if max_frames < 0:

@@ -38,6 +38,7 @@ from score_vllm.video.decode_server import receive, send
 from score_vllm.video.gate import Gate
 from score_vllm.video.picture import Resize
 from score_vllm.video.result import DecodedVideo
+from score_vllm.video.sampling import check_sampling
 
 # The package itself imports torch, which decoding does not need: without it the server starts in half a second.
 _BOOT = (
@@ -161,9 +162,10 @@ def decode_video_isolated(
         VideoWindowError: as :func:`decode_video`.
         DecoderBusyError: the queue is full, or no child was free in time.
         DecoderUnavailableError: this machine cannot decode now (descriptors, memory, processes).
-        ValueError: decord is asked for and not installed.
+        ValueError: decord is asked for and not installed, or a sampling argument is out of range.
     """
     limits = limits or DecodeLimits()
+    check_sampling(**{name: value for name, value in options.items() if name not in ("start", "end")})
     check_size(data, limits)
     if backend == "decord" and importlib.util.find_spec("decord") is None:
         raise ValueError("video_backend 'score_decord' needs: pip install 'score-vllm[decord]'")

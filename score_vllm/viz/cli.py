@@ -17,10 +17,10 @@ from score_vllm.catalog import DEMO, TRAIN_COMMAND, UsageError, resolve_model
 from score_vllm.client import RequestFailed
 from score_vllm.methods.tango_clusters import cell_seconds
 from score_vllm.types import TokenSelection
-from score_vllm.video import DecoderUnavailableError, VideoError
-from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, THINNINGS
+from score_vllm.video import DecoderUnavailableError, VideoError, VideoWindowError
+from score_vllm.video.sampling import DEFAULT_FPS, DEFAULT_MAX_FRAMES, MAX_FPS, THINNINGS
 from score_vllm.video.sandbox import decode_video_isolated
-from score_vllm.viz.draw import Shown, draw
+from score_vllm.viz.draw import LEAST_CELL_WIDTH, MOST_CELL_WIDTH, Shown, draw
 from score_vllm.viz.paint import THEMES
 
 if TYPE_CHECKING:
@@ -82,10 +82,14 @@ def run(args: argparse.Namespace) -> Path:
     if args.output.suffix not in (".png", ".mp4"):
         raise UsageError(f"--output must end in .png or .mp4, got {str(args.output)!r}")
     fps, max_frames = args.fps, args.max_frames
-    if (max_frames is not None and max_frames < 1) or (fps is not None and not fps > 0):
-        raise UsageError(f"--max-frames must be >= 1 and --fps > 0, got {max_frames} and {fps}")
-    if args.cell_width < 16:
-        raise UsageError(f"--cell-width must be >= 16, got {args.cell_width}")
+    if fps is not None and not 0 < fps <= MAX_FPS:
+        raise UsageError(f"--fps must be a number in (0, {MAX_FPS}], got {fps:g}")
+    if max_frames is not None and max_frames < 1:
+        raise UsageError(f"--max-frames must be an integer >= 1, got {max_frames}")
+    if not LEAST_CELL_WIDTH <= args.cell_width <= MOST_CELL_WIDTH:
+        raise UsageError(
+            f"--cell-width must be an integer in [{LEAST_CELL_WIDTH}, {MOST_CELL_WIDTH}], got {args.cell_width}"
+        )
     _check_output(args.output)
     local = {"--policy": args.policy, "--selector": args.selector, "--thinning": args.thinning}
     if args.server is not None:
@@ -201,5 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         print(f"score-viz: written: {run(args)}")
+    except VideoWindowError as error:  # its text begins with the option's name
+        sys.exit(f"score-viz: error: --{error}")
     except (UsageError, VideoError, DecoderUnavailableError, RequestFailed) as error:
         sys.exit(f"score-viz: error: {error}")

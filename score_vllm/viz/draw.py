@@ -20,6 +20,7 @@ from score_vllm.viz.paint import DARK, GAP, LABEL_HEIGHT, MARGIN, STRIP_HEIGHT, 
 # Shape of the places that pictures are drawn in, whatever the video's.
 MOST_HEIGHT = 2
 LEAST_HEIGHT = 8
+LEAST_CELL_WIDTH, MOST_CELL_WIDTH = 16, 4096
 
 
 class Shown(NamedTuple):
@@ -108,7 +109,7 @@ def contact_sheet(
         selections: label -> selection, drawn in this order.
         times: [F] seconds of the frames, written under the cells; None: nothing is written.
         max_cells: cells to show, at least 1: the clip in as many equal parts, of each the cell that keeps the most.
-        cell_width: width of each in pixels, at least 16.
+        cell_width: width of each in pixels, in [16, 4096].
         theme: colours.
 
     Returns:
@@ -120,8 +121,11 @@ def contact_sheet(
     from PIL import Image
 
     masks = _check(frames, grid, selections, times)
-    if max_cells < 1 or cell_width < 16:
-        raise ValueError(f"max_cells must be >= 1 and cell_width >= 16, got {max_cells} and {cell_width}")
+    if max_cells < 1 or not LEAST_CELL_WIDTH <= cell_width <= MOST_CELL_WIDTH:
+        raise ValueError(
+            f"max_cells must be >= 1 and cell_width in [{LEAST_CELL_WIDTH}, {MOST_CELL_WIDTH}], got {max_cells} and "
+            f"{cell_width}"
+        )
     number = min(max_cells, grid.t)
     fullness = sum(mask.sum(axis=(1, 2)) for mask in masks.values())
     cells = [int(part[fullness[part].argmax()]) for part in np.array_split(np.arange(grid.t), number)]
@@ -141,8 +145,9 @@ def contact_sheet(
 
     top = max(1, *(int(mask.sum(axis=(1, 2)).max()) for mask in masks.values()))
     shown = ", ".join(str(t) for t in cells)
-    title = f"video   {grid.t} x {grid.h} x {grid.w} tokens   the fullest cells {shown}"
-    title += f"   strips: kept tokens per cell, 0 to {top}"
+    # What a narrow picture cuts off stands last: the times under the frames name the cells, too.
+    title = f"video   {grid.t} x {grid.h} x {grid.w} tokens   strips: kept per cell, 0 to {top}"
+    title += f"   the fullest cells {shown}"
     y = paint(MARGIN, title, None) + GAP
     if times is not None:
         for i, first in enumerate(firsts):
@@ -245,7 +250,7 @@ def draw(
         selections: label -> selection; drawn side by side.
         times: [F] seconds of the frames, written into the picture; None: nothing is written.
         fps: frames per second of an MP4, in (0, 1000].
-        cell_width: pixels per cell of a PNG, at least 16.
+        cell_width: pixels per cell of a PNG, in [16, 4096].
         theme: colours.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 from score_vllm import RetentionPolicy, catalog, plugin
 from score_vllm.architectures import REFUSED
-from score_vllm.server import arguments, cli, options
+from score_vllm.server import arguments, cli, doctor, options
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,50 @@ def test_memory_is_reserved_for_the_frames_that_are_read(parser: Any) -> None:
         message = refused(parser, "--model", "demo", "--media-io-kwargs", media)
         assert "video.num_frames must be an integer >= 1" in message
         assert repr(bad) in message
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        ({"deadlin": 60}, r"media_io_kwargs.video has unknown keys \['deadlin'\]; known are"),
+        ({"deadline": "soon"}, "deadline must be a number > 0, got 'soon'"),
+        ({"fps": 5000}, r"video.fps must be a number in \[0, 240\], got 5000"),
+        ({"fps": "fast"}, r"video.fps must be a number in \[0, 240\], got 'fast'"),
+    ],
+)
+def test_media_options_that_every_video_would_be_refused_for(video: dict[str, Any], message: str, parser: Any) -> None:
+    media = json.dumps({"video": video})
+    assert re.search(f"^--media-io-kwargs: {message}", refused(parser, "--model", "demo", "--media-io-kwargs", media))
+    configure(parser, "--model", "demo", "--media-io-kwargs", media, "--video-loader", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--port", "99999"), "--port must be an integer in [0, 65535], got 99999"),
+        (("--port", "-1"), "--port must be an integer in [0, 65535], got -1"),
+        (("--host", "nowhere.invalid"), "--host 'nowhere.invalid' is no address of this machine"),
+        (("--host", "203.0.113.7"), "--host '203.0.113.7' is no address of this machine"),
+    ],
+)
+def test_where_no_server_can_listen(argv: tuple[str, str], message: str, parser: Any) -> None:
+    assert refused(parser, "--model", "demo", *argv).startswith(message)
+    args = parser.parse_args(["--model", "demo", *argv])
+    (finding,) = doctor.check_port(args.host, args.port)
+    assert finding.state == "error"
+    assert finding.remedy == f"choose another {argv[0]}"
+
+
+@pytest.mark.parametrize(
+    "engine", [("--mm-encoder-tp-mode", "data"), ("--compilation-config", '{"compile_mm_encoder": true}')]
+)
+@pytest.mark.parametrize("chosen", [("--method", "fastvid"), ("--allow-methods", "evs,flashvid")])
+def test_methods_that_rank_by_attention_need_to_see_it(
+    engine: tuple[str, str], chosen: tuple[str, str], parser: Any
+) -> None:
+    configure(parser, "--model", "demo", *engine)
+    message = refused(parser, "--model", "demo", *engine, *chosen)
+    assert message.startswith("--method, --allow-methods: methods that rank by attention do not support")
 
 
 def test_a_model_without_policy_warns_and_names_the_trainer(parser: Any, tiny_model: Path) -> None:

@@ -157,6 +157,8 @@ def test_a_value_out_of_range_names_field_value_and_range(field: str, bad: Any, 
         ("max_frames", "video_max_frames"),
         ("num_frames", "video_max_frames"),
         ("retentionRatio", "retention_ratio"),
+        ("ratio", "retention_ratio"),
+        ("method", "retention_method"),
     ],
 )
 def test_unknown_fields_that_were_meant_as_ours(name: str, meant: str) -> None:

@@ -369,3 +369,19 @@ def test_wrong_usage(
     assert run(*arguments(endpoint, dataset, *more)) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not endpoint.requests
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--data is missing"),
+        (["--data", "x.jsonl", "--limit", "-1"], "--limit must be"),
+        (["--data", "x.jsonl", "--option", "colour=red"], "unknown key 'dataset.colour'"),
+    ],
+)
+def test_mistakes_in_the_dataset_name_the_option(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = ["--base-url", "http://127.0.0.1:9/v1", "--model", "teacher", "-o", str(tmp_path / "out.jsonl")]
+    assert run("--kind", "jsonl", *argv, *end) == 2
+    assert message in capsys.readouterr().err

@@ -84,10 +84,10 @@ def test_a_slow_server_and_one_that_is_not_there(stub: Stub) -> None:
         return compressing(body)
 
     stub.reply = late
-    with pytest.raises(RequestFailed, match=r"no answer within 0\.05 s"):
+    with pytest.raises(RequestFailed, match=rf"{stub.url}: no answer within 0\.05 s"):
         ask(stub, {}, timeout=0.05)
     stub.url = "http://127.0.0.1:9/v1"
-    with pytest.raises(RequestFailed, match="ConnectError") as caught:
+    with pytest.raises(RequestFailed, match=f"{stub.url}: ConnectError") as caught:
         ask(stub, {})
     assert caught.value.exhausted
 

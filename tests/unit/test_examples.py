@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,3 +33,16 @@ def test_the_slurm_script_starts_the_recipe_on_every_node(tmp_path: Path) -> Non
         "srun .venv/bin/torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 11 --rdzv_backend c10d "
         "--rdzv_endpoint node7:29500 -m score_vllm.train --config my.toml --resume"
     )
+
+
+def test_the_offline_example_reads_its_arguments_before_an_engine_starts(tmp_path: Path) -> None:
+    for video, ratio, message in (
+        ("nothere.mp4", "0.1", "nothere.mp4"),
+        ("clip.mp4", "2", "must be a number in (0, 1]"),
+    ):
+        path = ROOT / "score_vllm/assets/demo" / video
+        command = [sys.executable, str(ROOT / "examples/offline_inference.py"), str(path), "--retention", ratio]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

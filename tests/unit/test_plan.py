@@ -148,6 +148,14 @@ def test_bad_options(argv: list[str], message: str, capsys: pytest.CaptureFixtur
     assert message in capsys.readouterr().err
 
 
+def test_names_as_score_serve_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", "demo", "--gpu-gib", "8", "--max-frames", "32", "--retention", "0.25", "--json"])
+    video = json.loads(capsys.readouterr().out)["video"]
+    assert (video["frames"], video["retained_tokens"]) == (32, video["original_tokens"] // 4)
+    with pytest.raises(SystemExit, match=r"--model 'nope' is no directory, no hub id \(owner/name\) and no short name"):
+        main(["--model", "nope", "--gpu-gib", "80"])
+
+
 def test_models_that_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"no config\.json .*; give a directory that has one"):
         main(["--model", str(tmp_path), "--gpu-gib", "80"])

@@ -388,3 +388,18 @@ def test_resize_crosses_over(clips: dict[str, Path]) -> None:
 def test_configure_checks(bad: dict) -> None:
     with pytest.raises(ValueError, match="must be an integer >= 1"):
         sandbox.configure(**bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": 1e5}, r"fps must be None or in \[0, 1000\], got 100000"),
+        ({"max_frames": -1}, "max_frames must be >= 0"),
+    ],
+)
+def test_a_wrong_argument_is_not_the_files_fault(
+    options: dict[str, float], message: str, clips: dict[str, Path]
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        decode_video_isolated(clips["plain"].read_bytes(), **options)
+    assert not isinstance(caught.value, VideoError)

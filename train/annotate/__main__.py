@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,13 @@ def _source(args: argparse.Namespace) -> SourceConfig:
     for option in args.option:
         (key, *deeper), value = parse_override(option, "--option")
         raw[".".join([key, *deeper])] = value
-    return source_config("dataset", kind=args.kind, **raw)
+    try:
+        return source_config("dataset", kind=args.kind, **raw)
+    except ValueError as error:
+        # By the names of the options, where there is one.
+        options = {"path": "--data"} | {name: f"--{name}" for name in ("media", "split", "limit", "kind")}
+        told = re.sub(r"^dataset\.(\w+)", lambda m: options.get(m[1], f"--option {m[1]}"), str(error))
+        raise ValueError(told) from error
 
 
 def open_teacher(args: argparse.Namespace) -> TeacherConfig | BatchOptions:
