@@ -112,6 +112,21 @@ SPECULATIVE_METHODS = ("ngram", "suffix")
 
 # Above the memory of any machine: more is a number of bytes.
 MAX_CELL_CACHE_GIB = 4096
+# Where nothing is said: on a CPU, and of a GPU's memory.
+_CELL_CACHE_CPU_BYTES = 1 << 30
+_CELL_CACHE_GPU_SHARE = 0.04
+
+
+def cell_cache_bytes(gib: float | None, gpu_bytes: float | None) -> int:
+    """Size of a worker's cell cache.
+
+    Args:
+        gib: what was asked for; None: the default.
+        gpu_bytes: memory of the worker's GPU; None on a CPU.
+    """
+    if gib is not None:
+        return int(gib * (1 << 30))
+    return _CELL_CACHE_CPU_BYTES if gpu_bytes is None else int(_CELL_CACHE_GPU_SHARE * gpu_bytes)
 
 
 def check_cell_cache_gib(value: Any, name: str = "score config: cell_cache_gib") -> float:

@@ -172,7 +172,7 @@ class ModelShape:
         return self.hidden_size * (1 + levels) + POSITION_CHANNELS + (DIGITS if self.has_text else 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One server.
 
@@ -182,6 +182,7 @@ class Plan:
         tokens: N, visual tokens of a cell of the largest frame admitted.
         fps: frames per second read.
         memory: bytes of one GPU that vLLM may use.
+        cell_cache: bytes of ``--cell-cache-gib``.
         gpus: ``--tensor-parallel-size``.
         text_tokens: of a request beside its video: question and answer.
         max_model_len: None for the model's own.
@@ -195,6 +196,7 @@ class Plan:
     frames: int
     tokens: int
     memory: float
+    cell_cache: float
     fps: float = 2.0
     gpus: int = 1
     text_tokens: int = 512
@@ -222,6 +224,7 @@ class Plan:
             "weights": self.shape.parameters * self.weight_bytes / self.gpus,
             "vision tower": self.shape.tower_values(self.layout.grid) * self.value_bytes,
             "encoder cache": rows * self.shape.row_values * self.value_bytes,
+            "cell cache": self.cell_cache,
             "reserve": self.reserve,
         }
 

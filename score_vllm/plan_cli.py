@@ -10,7 +10,7 @@ from typing import Any
 from score_vllm.architectures import SHORT_NAMES
 from score_vllm.budget import check_retention_ratio, num_retained_tokens
 from score_vllm.catalog import UsageError
-from score_vllm.config import DEFAULT_MAX_FRAMES
+from score_vllm.config import DEFAULT_MAX_FRAMES, MAX_CELL_CACHE_GIB, cell_cache_bytes, check_cell_cache_gib
 from score_vllm.plan import BLOCK_SIZE, GIB, RESERVE_GIB, UTILIZATION, ModelShape, Plan
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS
 
@@ -33,6 +33,13 @@ def _ratio(text: str) -> float:
         return check_retention_ratio(float(text), "--ratio")
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}") from None
+
+
+def _gib(text: str) -> float:
+    try:
+        return check_cell_cache_gib(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, {MAX_CELL_CACHE_GIB}], got {text!r}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text-tokens", type=count, default=512, metavar="N", help="question and answer (default: %(default)s)")
     add("--max-model-len", type=count, default=None, metavar="N", help="vLLM's (default: the model's own)")
     add("--utilization", type=number, default=UTILIZATION, help="--gpu-memory-utilization (default: %(default)s)")
+    add("--cell-cache-gib", type=_gib, default=None, metavar="GIB",
+        help="score-serve's (default: 4 %% of the GPU's memory)")  # fmt: skip
     add("--weight-bytes", type=number, default=2.0, help="of a parameter; 1 for FP8 (default: %(default)s)")
     add("--block-size", type=count, default=BLOCK_SIZE, help="vLLM's (default: %(default)s)")
     add("--reserve-gib", type=number, default=RESERVE_GIB, metavar="GIB", help="for everything not counted: CUDA, "
@@ -140,9 +149,12 @@ def main(argv: list[str] | None = None) -> None:
         shape = ModelShape.from_model(args.model)
     except UsageError as error:
         sys.exit(f"score-plan: error: {error}")
+    memory = args.gpu_gib * GIB
     plan = Plan(
-        shape, args.frames, args.pixels, args.gpu_gib * GIB * args.utilization, args.fps, args.gpus, args.text_tokens,
-        args.max_model_len, args.weight_bytes, block_size=args.block_size, reserve=args.reserve_gib * GIB,
+        shape=shape, frames=args.frames, tokens=args.pixels, memory=memory * args.utilization,
+        cell_cache=cell_cache_bytes(args.cell_cache_gib, memory), fps=args.fps, gpus=args.gpus,
+        text_tokens=args.text_tokens, max_model_len=args.max_model_len, weight_bytes=args.weight_bytes,
+        block_size=args.block_size, reserve=args.reserve_gib * GIB,
     )  # fmt: skip
     print(json.dumps(report(plan, args.ratio), indent=2) if args.json else table(plan, args.ratio))
 

@@ -193,6 +193,7 @@ def check_memory(args: Any) -> Iterator[Found]:
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     from score_vllm.catalog import UsageError
+    from score_vllm.config import cell_cache_bytes
     from score_vllm.plan import ModelShape, Plan
 
     config = AsyncEngineArgs.from_cli_args(args).create_model_config()
@@ -213,13 +214,15 @@ def check_memory(args: Any) -> Iterator[Found]:
         return
     cuda = torch.cuda.is_available()
     free, memory = map(float, torch.cuda.mem_get_info()) if cuda else (host * GIB,) * 2
+    cache = cell_cache_bytes(args.cell_cache_gib, memory if cuda else None)
     if cuda:
         memory *= args.gpu_memory_utilization
     cells = -(-limit.max_frames // shape.frames_per_cell)
     size = torch.empty((), dtype=config.dtype).element_size()
     plan = Plan(
-        shape, limit.max_frames, limit.tokens // cells, args.retention, memory, gpus=args.tensor_parallel_size,
-        max_model_len=config.max_model_len, weight_bytes=size, value_bytes=size, reserve=2 * GIB if cuda else 0.0,
+        shape=shape, frames=limit.max_frames, tokens=limit.tokens // cells, memory=memory, cell_cache=cache,
+        gpus=args.tensor_parallel_size, max_model_len=config.max_model_len, weight_bytes=size, value_bytes=size,
+        reserve=2 * GIB if cuda else 0.0,
     )  # fmt: skip
     needed = sum(plan.parts.values())
     parts = ", ".join(f"{name} {part / GIB:.2f}" for name, part in plan.parts.items())

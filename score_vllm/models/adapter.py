@@ -28,12 +28,12 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from score_vllm import methods
-from score_vllm.config import SPECULATIVE_METHODS, ServingConfig
+from score_vllm.config import SPECULATIVE_METHODS, ServingConfig, cell_cache_bytes
 from score_vllm.kernels import ops
 from score_vllm.kernels.inputs import PolicyWeights, PositionTable
 from score_vllm.layout import AXES, VideoLayout
 from score_vllm.models.cell_records import EncodedCellsWriter
-from score_vllm.models.cells import ROWS, CellEncoder, Values, cache_bytes
+from score_vllm.models.cells import ROWS, CellEncoder, Values
 from score_vllm.models.processing import (
     CELLS_KEY,
     IDENTITY_KEY,
@@ -124,7 +124,9 @@ class VideoCompressor:
     def prepare_cells(self, dtype: torch.dtype, device: torch.device, row_width: int) -> dict[str, torch.Tensor]:
         """Allocate the cell cache before memory is profiled; its tensors by name, as of :meth:`prepare`."""
         kinds = sorted({kind for name in self.serving.methods if (kind := methods.get(name).saliency)})
-        capacity, records = cache_bytes(self.serving.cell_cache_gib, device), EncodedCellsWriter(self._directory)
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        capacity = cell_cache_bytes(self.serving.cell_cache_gib, memory)
+        records = EncodedCellsWriter(self._directory)
         self.cells = CellEncoder(capacity, row_width, kinds, dtype, device, self.stats, records)
         return self.cells.stores
 

@@ -13,21 +13,9 @@ from score_vllm.vision.cell_cache import BrokenFlags, CellCache, CellPlan
 
 # The tower's output among the values of a cell; the others are kinds of saliency.
 ROWS = "rows"
-GIB = 2**30
-DEFAULT_CPU_BYTES = GIB
-DEFAULT_GPU_SHARE = 0.04
 
 # Values of some cells by name, [M, N, ...] each.
 Values = dict[str, torch.Tensor]
-
-
-def cache_bytes(gib: float | None, device: torch.device) -> int:
-    """Size of the cell cache: what was asked for, or 1 GiB on a CPU and 4 % of a GPU's memory."""
-    if gib is not None:
-        return int(gib * GIB)
-    if device.type != "cuda":
-        return DEFAULT_CPU_BYTES
-    return int(DEFAULT_GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
 class CellEncoder:

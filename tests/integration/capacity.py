@@ -37,7 +37,8 @@ def check_capacity(llm: Any, directory: Path) -> None:
     size = next(model.parameters()).element_size()
     tokens = limit.tokens // -(-limit.max_frames // shape.frames_per_cell)
     options = {"weight_bytes": size, "value_bytes": size, "max_model_len": window, "block_size": cache.block_size}
-    plan = Plan(shape, limit.max_frames, tokens, 0.0, reserve=0.0, **options)
+    nothing = dict.fromkeys(("memory", "cell_cache", "reserve"), 0.0)
+    plan = Plan(shape=shape, frames=limit.max_frames, tokens=tokens, **nothing, **options)
     # VLLM_CPU_KVCACHE_SPACE=1
     plan = replace(plan, memory=1.0 * GIB + sum(plan.parts.values()))
     assert plan.blocks == cache.num_gpu_blocks

@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from benchmarks.serving.process import free_port
 from score_vllm.compatibility import TIERS, TestedRun
-from score_vllm.server import doctor
+from score_vllm.server import doctor, doctor_probe
 
 DOCTOR = [str(Path(sys.executable).parent / "score-serve"), "doctor"]
 
@@ -136,3 +138,29 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, capsy
     assert "error    entry points: the check itself failed: ZeroDivisionError" in said
     assert "['--model', 'demo', '--port'" in said
     assert said.rstrip().endswith("1 errors")
+
+
+def memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch, gib: float, **changes: Any) -> doctor_probe.Found:
+    """What the doctor says of Qwen2.5-VL-7B's memory on a GPU, at the server's defaults."""
+    limit = SimpleNamespace(max_frames=128, width=768, height=784, tokens=49152)
+    config = SimpleNamespace(dtype=torch.bfloat16, max_model_len=128000)
+    engine = SimpleNamespace(create_model_config=lambda: config)
+    processor = SimpleNamespace(info=SimpleNamespace(video_limit=limit))
+    monkeypatch.setattr("vllm.engine.arg_utils.AsyncEngineArgs.from_cli_args", lambda args: engine)
+    monkeypatch.setattr("vllm.multimodal.MULTIMODAL_REGISTRY.create_processor", lambda config: processor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30, gib * 2**30))
+    given = {"model": "Qwen2.5-VL-7B", "retention": 0.1, "tensor_parallel_size": 1, "cell_cache_gib": None}
+    *_, found = doctor_probe.check_memory(SimpleNamespace(**{**given, "gpu_memory_utilization": 0.92, **changes}))
+    assert found["name"] == "model memory"
+    return found
+
+
+def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = memory_of_a_gpu(monkeypatch, 80)
+    assert large["state"] == "ok", large["detail"]
+    assert "26.10 GiB of the GPU's 73.6 before the KV cache" in large["detail"]
+    assert "cell cache 3.20" in large["detail"]
+    assert "cell cache 1.00" in memory_of_a_gpu(monkeypatch, 80, cell_cache_gib=1.0)["detail"]
+    assert "ratio 1 exceeds memory" in memory_of_a_gpu(monkeypatch, 28)["detail"]
+    assert memory_of_a_gpu(monkeypatch, 24)["state"] == "error"

@@ -24,7 +24,7 @@ def seven() -> ModelShape:
 
 
 def plan(shape: ModelShape, **changes: Any) -> Plan:
-    return replace(Plan(shape, 128, 768, 73.6 * GIB), **changes)
+    return replace(Plan(shape=shape, frames=128, tokens=768, memory=73.6 * GIB, cell_cache=3.2 * GIB), **changes)
 
 
 # As the hub counts the published checkpoints.
@@ -65,6 +65,7 @@ def test_qwen2_5_vl_7b_by_hand(seven: ModelShape) -> None:
         "weights": 2 * 8_292_166_656,
         "vision tower": 2 * patches * (3 * 14 * 14 * 2 + 2 * 1280 + 3 * 3420),
         "encoder cache": 2 * 49152 * (3584 + 9),
+        "cell cache": 3.2 * GIB,
         "reserve": 2 * GIB,
     }
     free = 73.6 * GIB - sum(made.parts.values())
@@ -127,6 +128,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert made["video"]["retained_tokens"] == 4915
     assert made["kv_tokens_saved_per_video"] == 49152 - 4915
     assert made["concurrent_videos"]["0.1"] > 8 * made["concurrent_videos"]["1"]
+    assert made["memory_gib"]["cell cache"] == pytest.approx(0.04 * 80), "taken from what the KV cache gets"
+    main([*command, "--json", "--cell-cache-gib", "0"])
+    without = json.loads(capsys.readouterr().out)
+    assert without["memory_gib"]["kv_cache"] == pytest.approx(made["memory_gib"]["kv_cache"] + 3.2, abs=0.01)
     main(command)
     text = capsys.readouterr().out
     assert "64 cells x 768 = 49,152 visual tokens, 4,915 kept, 0 structure" in text
@@ -140,6 +145,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "demo", "--gpu-gib", "0"], "must be a number > 0, got '0'"),
         (["--model", "demo", "--gpu-gib", "80", "--ratio", "1.5"], "must be a number in"),
         (["--model", "demo", "--gpu-gib", "80", "--frames", "nan"], "must be an integer > 0"),
+        (["--model", "demo", "--gpu-gib", "80", "--cell-cache-gib", "-1"], "must be a number in [0, 4096], got '-1'"),
     ],
 )
 def test_bad_options(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
