@@ -81,6 +81,13 @@ def test_alerts_fire_when_they_should(prometheus: Path) -> None:
         'score_visual_tokens_total{instance="a",kind="retained"}': "0+1000x100",
         'score_compressor_seconds_sum{instance="a"}': "0+2x100",
         'score_tower_seconds_sum{instance="a"}': "0+1x100",
+        'score_encoded_cells_total{instance="a"}': "0+8x100",
+        'score_reused_cells_total{instance="a"}': "0+1x100",
+        # Nearly every cell is in the cell cache: the tower has nothing to do, and nothing is wrong.
+        'score_compressor_seconds_sum{instance="b"}': "0+2x100",
+        'score_tower_seconds_sum{instance="b"}': "0+1x100",
+        'score_encoded_cells_total{instance="b"}': "0+1x100",
+        'score_reused_cells_total{instance="b"}': "0+8x100",
         'vllm:num_requests_waiting{instance="a"}': "40+0x100",
         'vllm:kv_cache_usage_perc{instance="a"}': "0.99+0x100",
         **{bucket % bound: f"0+{rate}x100" for bound, rate in (("1", 1), ("20", 10), ("+Inf", 10))},
