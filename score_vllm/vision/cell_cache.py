@@ -190,7 +190,10 @@ class CellCache:
             store.index_copy_(0, device_index(rows, store.device), kept.flatten(0, 1))
 
     def _make_room(self, count: int, own: Collection[bytes]) -> bool:
-        """Drop the least recently used cells until ``count`` rows are free; False where only ``own`` ones are left."""
+        """Drop the least recently used cells until ``count`` rows are free; False where only ``own`` ones are left, and
+        where there are not so many rows at all."""
+        if count > self._num_rows:
+            return False
         while self._num_free < count:
             oldest = next(iter(self._entries), None)
             if oldest is None or oldest in own:

@@ -99,6 +99,14 @@ def test_two_caches_that_see_the_same_calls_decide_alike(sequence: list[list[int
         assert one == other
 
 
+def test_a_cell_larger_than_the_cache_costs_no_other_its_place() -> None:
+    cache = make(2)
+    encode(cache, [0, 3])
+    assert encode(cache, [2])[0] == [2], "three rows"
+    assert len(cache) == 2
+    assert encode(cache, [0, 3])[0] == []
+
+
 def test_nothing_is_copied_where_all_is_new_or_in_order() -> None:
     cache = make()
     plan = cache.plan([b"0", b"3"], NAMES)
