@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--threads", type=at_least(1), help="of torch")
     parser.add_argument("--output", type=Path, default=RESULTS / "context_rot.json")
     args = parser.parse_args()
+    if args.strided not in args.lengths:
+        parser.error(f"--strided must be one of --lengths {','.join(map(str, args.lengths))}, got {args.strided}")
     if args.threads:
         torch.set_num_threads(args.threads)
     named: dict[str, list[Candidate]] = {}

@@ -146,3 +146,12 @@ def test_what_is_missing_is_named_in_one_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(SystemExit, match=rf"^error: {option} {tmp_path} {said}"):
             accuracy.main(["--benchmark", "footage", option, str(tmp_path)])
+
+
+def test_frame_rates_are_compared_at_a_length_that_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--policies", "nowhere", "--lengths", "1,2"])
+    with pytest.raises(SystemExit, match="2"):
+        context_rot.main()
+    assert "--strided must be one of --lengths 1,2, got 4" in capsys.readouterr().err
