@@ -163,9 +163,9 @@ class RetentionPolicy(torch.nn.Module):
             ValueError: the path exists and is not a policy directory.
         """
         target = Path(directory)
-        if target.exists() and not (target / CONFIG_NAME).is_file() and any(target.iterdir()):
+        if target.exists() and not (target / WEIGHTS_NAME).is_file() and any(target.iterdir()):
             raise ValueError(
-                f"{target} exists and is not a policy directory (no {CONFIG_NAME}); refusing to replace it"
+                f"{target} exists and is not a policy directory (no {WEIGHTS_NAME}); refusing to replace it"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         config = self.config

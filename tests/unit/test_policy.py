@@ -106,10 +106,11 @@ def test_save_replaces_a_policy_and_nothing_else(saved: Path, tmp_path: Path) ->
     assert RetentionPolicy.from_pretrained(saved).digest() == RetentionPolicy(32, seed=4).digest()
     other = tmp_path / "home"
     other.mkdir()
-    (other / "thesis.txt").write_text("do not lose me")
+    # A model's directory, too, has a config.json.
+    (other / "config.json").write_text("do not lose me")
     with pytest.raises(ValueError, match="not a policy directory"):
         RetentionPolicy(32).save_pretrained(other)
-    assert (other / "thesis.txt").exists()
+    assert (other / "config.json").read_text() == "do not lose me"
 
 
 def test_digest_changes_with_any_weight() -> None:

@@ -84,18 +84,30 @@ def test_another_folder_is_no_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("main", [reader_stage.main, vlm.main])
-def test_what_is_no_checkpoint_is_not_replaced(
+def test_what_no_such_training_made_is_not_replaced(
     main: Callable[[list[str]], int | None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
-    note = folder / "note.txt"
+    note = folder / "config.json"  # somebody's model
     note.write_text("mine")
     for output in (folder, note):
         with pytest.raises(SystemExit, match="2"):
             sys.exit(main(["--output", str(output)]))
-        assert "exists and is no checkpoint" in capsys.readouterr().err
+        assert "exists and is not from an earlier run" in capsys.readouterr().err
     assert note.read_text() == "mine"
+
+
+def test_a_checkpoint_behind_a_link_is_replaced(tmp_path: Path) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    (folder / vlm.RECORD).write_text("old")
+    link.symlink_to(folder)
+    with vlm.replaced(link, vlm.RECORD) as staging:
+        staging.mkdir()
+        (staging / vlm.RECORD).write_text("new")
+    assert (folder / vlm.RECORD).read_text() == "new"
+    assert link.is_symlink()
 
 
 def test_training_a_reader_from_end_to_end(

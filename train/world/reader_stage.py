@@ -28,7 +28,7 @@ from score_vllm.train.world.composite_source import CompositeSource, paint
 from score_vllm.train.world.dinov2 import FootageEncoder
 from score_vllm.train.world.footage import FOLDER, backgrounds
 from score_vllm.train.world.language_stage import Clip, Words, accuracy, train_language
-from score_vllm.train.world.reader import PROJECTOR, Projector, save_projector
+from score_vllm.train.world.reader import PROJECTOR, RECORD, Projector, save_projector
 from score_vllm.train.world.vlm import (
     FRAME_TEXTS,
     TEXT_CONFIG,
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     started = time.monotonic()
     torch.manual_seed(args.seed)
-    with replaced(Path(args.output)) as staging:
+    with replaced(Path(args.output), RECORD) as staging:
         encoder = FootageEncoder(args.footage, args.max_gib)
         pool = read_clips(encoder, CompositeSource("reader", args.clips, str(args.footage)))
         held = read_clips(encoder, CompositeSource("validation", args.validation, str(args.footage)))

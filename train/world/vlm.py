@@ -69,17 +69,22 @@ def corpus() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def replaced(output: Path) -> Iterator[Path]:
+def replaced(output: Path, record: str) -> Iterator[Path]:
     """A folder beside ``output`` to fill, which takes its place where nothing was raised, and is removed else.
 
+    Args:
+        output: of a training.
+        record: file by which an earlier one's output is known.
+
     Raises:
-        ConfigurationError: ``output`` is there and is no checkpoint.
+        ConfigurationError: ``output`` is there and is something else.
     """
     empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty and not (output / "config.json").is_file():
+    if output.exists() and not empty and not (output / record).is_file():
         raise ConfigurationError(
-            f"--output {str(output)!r} exists and is no checkpoint (no config.json); refusing to replace it"
+            f"--output {str(output)!r} exists and is not from an earlier run (no {record}); refusing to replace it"
         )
+    output = output.resolve()  # a link's folder is replaced, not the link
     staging = output.with_name(f".{output.name}-{os.getpid()}")
     try:
         yield staging
@@ -120,7 +125,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     started = time.monotonic()
-    with replaced(Path(args.output)) as staging:
+    with replaced(Path(args.output), RECORD) as staging:
         tokenizer = demo.build_tokenizer(corpus(), merges=400)
         demo.build_model(
             staging,
