@@ -48,7 +48,8 @@ def fetch(repo: str, directory: Path, wanted: Callable[[str], str | None], revis
 
     Args:
         repo: ``owner/name``.
-        directory: made, or taken as it is where the same revision was fetched completely before.
+        directory: made, or taken as it is where the same revision was fetched completely before. Files of another
+            fetch are replaced, no others.
         wanted: not None for the names of tensors to fetch.
         revision: branch, tag or commit; None: the default branch.
 
@@ -57,8 +58,11 @@ def fetch(repo: str, directory: Path, wanted: Callable[[str], str | None], revis
 
     Raises:
         OSError: the hub cannot be reached, or the repository does not exist or is not open to you.
-        ValueError: the repository has no such tensors, or they are damaged.
+        ValueError: the repository has no such tensors, or they are damaged; or ``directory`` holds other files.
     """
+    held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if held and SOURCE not in held and not any(name.endswith(".part") for name in held):
+        raise ValueError(f"{directory} holds other files: give a directory of its own")
     from huggingface_hub import HfApi, HfFileSystem
     from safetensors.torch import save_file
 

@@ -46,6 +46,16 @@ def test_an_interrupted_fetch_goes_on(stub: Hub, tmp_path: Path, monkeypatch: py
     assert SelectorWeights.from_pretrained(str(fetched)).digest() == whole.digest()
 
 
+def test_somebodys_model_is_left_alone(stub: Hub, tmp_path: Path) -> None:
+    config = (tmp_path / "repo" / "config.json").read_text()
+    with pytest.raises(ValueError, match="holds other files"):
+        hub.fetch(REPO, tmp_path / "repo", SelectorWeights.wanted)
+    assert (tmp_path / "repo" / "config.json").read_text() == config
+    assert not (tmp_path / "repo" / "model.safetensors").exists()
+    (tmp_path / "empty").mkdir()
+    assert hub.fetch(REPO, tmp_path / "empty", SelectorWeights.wanted) == tmp_path / "empty"
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_one_file_without_an_index(stub: Hub, tmp_path: Path, prefix: str) -> None:
     write_checkpoint(tmp_path / "single", single=True, prefix=prefix)
