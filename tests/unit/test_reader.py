@@ -98,6 +98,15 @@ def test_what_no_such_training_made_is_not_replaced(
     assert note.read_text() == "mine"
 
 
+def test_mistakes_are_told_before_anything_is_encoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path / "out")]
+    assert reader_stage.main([*output, "--reader-from", str(tmp_path)]) == 2
+    assert f"--reader-from {tmp_path} is no reader" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        reader_stage.main([*output, "--clips", "0"])
+    assert "argument --clips: must be an integer >= 1, got '0'" in capsys.readouterr().err
+
+
 def test_a_checkpoint_behind_a_link_is_replaced(tmp_path: Path) -> None:
     folder, link = tmp_path / "folder", tmp_path / "link"
     folder.mkdir()

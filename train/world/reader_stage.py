@@ -28,7 +28,7 @@ from score_vllm.train.world.composite_source import CompositeSource, paint
 from score_vllm.train.world.dinov2 import FootageEncoder
 from score_vllm.train.world.footage import FOLDER, backgrounds
 from score_vllm.train.world.language_stage import Clip, Words, accuracy, train_language
-from score_vllm.train.world.reader import PROJECTOR, RECORD, Projector, save_projector
+from score_vllm.train.world.reader import PROJECTOR, RECORD, Projector, is_reader, save_projector
 from score_vllm.train.world.vlm import (
     FRAME_TEXTS,
     TEXT_CONFIG,
@@ -136,6 +136,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """Both stages and the gate; returns the record that is written beside the weights."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    if args.reader_from and not is_reader(args.reader_from):
+        raise MissingError(f"--reader-from {args.reader_from} is no reader: it has no {PROJECTOR}")
     started = time.monotonic()
     torch.manual_seed(args.seed)
     with replaced(Path(args.output), RECORD) as staging:
@@ -215,6 +217,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the status is 1 where the reader does not pass its gate, 2 where something is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,10 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--footage", type=Path, default=Path(FOLDER), help=f"default: {FOLDER}")
     parser.add_argument("--max-gib", type=float, default=8.0, help="most that features may take on disk")
     parser.add_argument("--reader-from", help="go on from this reader")
-    parser.add_argument("--clips", type=int, default=1400)
-    parser.add_argument("--validation", type=int, default=96, help="clips on other backgrounds")
-    parser.add_argument("--projector-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--clips", type=_count, default=1400)
+    parser.add_argument("--validation", type=_count, default=96, help="clips on other backgrounds")
+    parser.add_argument("--projector-steps", type=_count, default=400)
+    parser.add_argument("--steps", type=_count, default=2500)
     parser.add_argument("--minutes", type=float, help="of the language model, at most (default: no limit)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--easy-share", type=float, default=0.4, help="short sequences first")
