@@ -10,11 +10,12 @@ from benchmarks.report.plot import GREY, Panel, Series, png
 RATIO = 0.1
 
 
-def _gain(found: dict[str, float] | None) -> str:
+def _gain(found: dict[str, float | None] | None) -> str:
     """A paired difference in points, with its errors over clips and over backgrounds."""
     if found is None:
         return ""
-    return f"{found['difference']:+.1f} ({found['se_clips']:.1f}, {found['se_backgrounds']:.1f})"
+    errors = (found["se_clips"], found["se_backgrounds"])
+    return f"{found['difference']:+.1f} ({', '.join('-' if one is None else f'{one:.1f}' for one in errors)})"
 
 
 def _ratios(document: Document) -> list[float]:

@@ -106,7 +106,7 @@ def nothing(clip: HeldOut) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:0], indices[:0]
 
 
-def paired(one: np.ndarray, other: np.ndarray, clips: Sequence[HeldOut]) -> dict[str, float]:
+def paired(one: np.ndarray, other: np.ndarray, clips: Sequence[HeldOut]) -> dict[str, float | None]:
     """Difference of two accuracies on the same questions, in points, with its standard errors.
 
     Args:
@@ -114,7 +114,8 @@ def paired(one: np.ndarray, other: np.ndarray, clips: Sequence[HeldOut]) -> dict
         clips: C of them.
 
     Returns:
-        ``difference``, ``se_clips`` (clips drawn anew), ``se_backgrounds`` (backgrounds drawn anew).
+        ``difference``, ``se_clips`` (clips drawn anew), ``se_backgrounds`` (backgrounds drawn anew; None where
+        there is only one).
     """
     counts = np.array([len(clip.questions) for clip in clips])
     gained = 100 * (one - other)
@@ -123,7 +124,7 @@ def paired(one: np.ndarray, other: np.ndarray, clips: Sequence[HeldOut]) -> dict
     return {
         "difference": float(gained.sum() / counts.sum()),
         "se_clips": float(gained.std(ddof=1) / len(clips) ** 0.5 / counts.mean()),
-        "se_backgrounds": float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0,
+        "se_backgrounds": float(np.std(means, ddof=1) / len(means) ** 0.5) if len(means) > 1 else None,
     }
 
 

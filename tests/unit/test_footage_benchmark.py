@@ -11,6 +11,7 @@ import torch
 from benchmarks import accuracy
 from benchmarks.harness import read_results
 from benchmarks.report import load_blocks
+from benchmarks.report.footage import _gain
 from benchmarks.world import accuracy as world_accuracy
 from benchmarks.world import context_rot, footage
 from benchmarks.world.accuracy import Candidate, HeldOut
@@ -110,6 +111,9 @@ def test_paired_differences() -> None:
     # Gains of 50, 0, 50 and 0 points; the same mean on both backgrounds.
     assert found["se_clips"] == pytest.approx(np.std([50, 0, 50, 0], ddof=1) / 2)
     assert found["se_backgrounds"] == 0
+    alone = footage.paired(np.array([4, 2]), np.array([2, 2]), clips[:2])
+    assert alone["se_backgrounds"] is None, "one background says nothing about others"
+    assert _gain(alone) == "+25.0 (25.0, -)"
 
 
 def test_standardised_tokens_are_scaled_back() -> None:
