@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from score_vllm.catalog import UsageError
 from score_vllm.client import Reply
 from score_vllm.models.offline import EngineOptions, OfflineEngine
 from score_vllm.train.annotate.log import write_lines
@@ -105,10 +106,15 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=1, metavar="N", help="engines (default: %(default)s)")
     parser.add_argument("--partition", type=int, default=64, metavar="N", help="videos a file (default: %(default)s)")
     args = parser.parse_args()
+    if not args.folder.is_dir():
+        parser.error(f"folder {str(args.folder)!r} is no folder")
     settings = {"model": args.model, "policy": args.policy, "retention_ratio": args.retention}
     settings |= {"max_tokens": args.max_tokens, "engine_args": args.engine_args}
-    options = EngineOptions(**settings)
-    options.resolve()
+    try:
+        options = EngineOptions(**settings)
+        options.resolve()
+    except (UsageError, OSError, ValueError) as error:
+        parser.error(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
     parts = partitions(args, {**settings, "prompt": args.prompt})
     todo = [part for part in parts if not Path(part["output"]).exists()]

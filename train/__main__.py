@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from score_vllm.train.config import OWN_FILES, StageSettings, TrainSettings, load_settings
@@ -78,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, options.overrides)
     stages = (settings.named(options.stage),) if options.stage else settings.stages
     check_tracker(settings.tracking)
+    check_output(settings.output)
     config = FrozenVLM.config_of(model_path(settings))
     accelerator = engine = None
     if settings.clips and options.check:
@@ -129,6 +132,20 @@ def report(settings: TrainSettings, stage: StageSettings, engine: Engine | None,
         logger.exception("the report of %s could not be written; the run itself is whole", settings.output)
     if engine is not None:
         engine.finish_step()
+
+
+def check_output(output: str) -> None:
+    """Before anything is loaded: whether the run can be written there. Nothing is made but a file that vanishes.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    there = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"output {output!r} cannot be written in {str(there)!r}: {error.strerror}") from error
 
 
 def temporal_merge(config: Any) -> int:

@@ -399,6 +399,8 @@ def test_a_training_that_stops_itself_is_reported(
         (["--set", "model.shard=fsdp"], ["model.shard", "torchrun"]),
         (["--set", 'stage.main.sources=[{kind="jsonl", path="no.jsonl"}]'], ["stage.main", "no.jsonl"]),
         (["--set", "tracking.tracker=wandb"], ["wandb", "pip install"]),
+        (["--set", "output=/proc/run"], ["output '/proc/run' cannot be written in '/proc'"]),
+        (["--set", "output=/dev/null/run"], ["output '/dev/null/run' cannot be written in '/dev/null'"]),
     ],
 )
 def test_command_line_errors_say_what_is_wrong(

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,6 +35,23 @@ def test_the_slurm_script_starts_the_recipe_on_every_node(tmp_path: Path) -> Non
         "srun .venv/bin/torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 11 --rdzv_backend c10d "
         "--rdzv_endpoint node7:29500 -m score_vllm.train --config my.toml --resume"
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere", "-o", "out"], "folder 'nowhere' is no folder"),
+        ([".", "-o", "out", "--retention", "2"], "retention_ratio must be"),
+        ([".", "-o", "out", "--model", "nope"], "--model 'nope' is no directory"),
+    ],
+)
+def test_captions_of_a_folder_are_refused_in_a_sentence(argv: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/caption_folder.py"), *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_offline_example_reads_its_arguments_before_an_engine_starts(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from score_vllm.train.report.measure import ALL, METHODS, NONE, RATIOS, Findings
 from score_vllm.train.report.page import paired, verdicts
 from score_vllm.train.report.write import write_report
 from score_vllm.train.tracking import RunLog
+from score_vllm.viz.draw import contact_sheet
 from tests.integration.train_toy import WIDTH, ToyEngine, ToySource, write_config
 
 VOID = {"meta", "img", "source", "br", "path", "circle"}
@@ -90,6 +93,21 @@ def test_the_policy_is_measured_beside_the_baselines(tmp_path: Path) -> None:
     assert not isinstance(ToyEngine(), AnsweringEngine)
     assert not measured(ToySource(), ToyEngine(), tmp_path).accuracy
     assert not measured(Asked(), ToyEngine(), tmp_path).accuracy, "an engine that answers nothing is not asked"
+
+
+def test_pictures_say_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[np.ndarray] = []
+
+    def sheet(frames: np.ndarray, *args: Any, times: np.ndarray, **kwargs: Any) -> np.ndarray:
+        drawn.append(times)
+        return contact_sheet(frames, *args, times=times, **kwargs)
+
+    monkeypatch.setattr("score_vllm.train.report.measure.contact_sheet", sheet)
+    source = ToySource()
+    measured(source, ToyEngine(), tmp_path, clips=2)
+    assert drawn
+    step = 1 / source[0].fps
+    assert all(times[0] == 0 and np.allclose(np.diff(times), step) for times in drawn)
 
 
 def test_differences_are_paired_and_called_only_when_clear() -> None:

@@ -125,9 +125,10 @@ def measure(
 def _sheet(clip: ReportClip, made: dict[Key, TokenSelection]) -> Sheet:
     names = {"score": "policy"}
     shown = {f"{names.get(method, method)} at {percent(ratio)}:": made[method, ratio] for method, ratio in DRAWN}
-    pictures, width = {}, 0
+    frames, pictures, width = clip.sample.frames, {}, 0
+    seconds = np.arange(len(frames)) / clip.sample.fps  # from where reading began
     for name, theme in THEMES.items():
-        drawn = contact_sheet(clip.sample.frames, clip.encoded.grid, shown, cell_width=160, theme=theme)
+        drawn = contact_sheet(frames, clip.encoded.grid, shown, times=seconds, cell_width=160, theme=theme)
         buffer, width = io.BytesIO(), drawn.shape[1]
         Image.fromarray(drawn).save(buffer, "WEBP", quality=QUALITY)
         pictures[name] = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
