@@ -371,6 +371,16 @@ def test_wrong_usage(
     assert not endpoint.requests
 
 
+def test_clips_that_are_made_are_captioned(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.script = lambda *_: GOOD.format(name="shapes")
+    out = tmp_path / "out.jsonl"
+    argv = ["--kind", "world", "--limit", "2", "--clips", str(tmp_path / "clips"), "-o", str(out), "--quiet"]
+    assert run(*argv, "--base-url", endpoint.url, "--model", "teacher") == 0
+    rows = lines(out)
+    assert [row["caption"] for row in rows] == [GOOD.format(name="shapes")] * 2
+    assert all((tmp_path / row["video"]).suffix == ".mp4" and (tmp_path / row["video"]).is_file() for row in rows)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

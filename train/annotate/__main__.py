@@ -216,7 +216,7 @@ def open_all(args: argparse.Namespace) -> tuple[Items, CaptionFilter, TeacherCon
     described = config.model_dump(mode="json")
     # What decides an answer, and nothing else: the endpoint may move, and the limit may grow.
     for name in ("limit", "weight", "cache"):
-        del described[name]
+        described.pop(name, None)  # made clips have no cache
     settings = {
         "source": described,
         "model": args.model,
