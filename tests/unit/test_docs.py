@@ -124,6 +124,12 @@ def test_a_run_is_recorded_when_it_is_complete(tmp_path: Path, monkeypatch: pyte
     ]
 
 
+def test_the_first_page_leads_to_all_others() -> None:
+    pages = re.findall(r"^  - [^:]+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| \[[^]]+\]\((\w+\.md)\)", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
+    assert ["index.md", *listed] == pages
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     """As ``make docs``: a broken link, anchor, API name or a page outside the menu is an error."""
     pytest.importorskip("mkdocs")
