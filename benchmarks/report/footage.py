@@ -101,11 +101,11 @@ def rot_rows(document: Document) -> tuple[list[str], Lines]:
 
 def rot_caption(document: Document) -> str:
     """What was asked."""
-    asked = [row["questions"] for row in document["rows"]]
+    asked = sorted({row["questions"] for row in document["rows"]})
+    questions = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
     return (
-        f"1x is {document['frames']} frames; {document['clips']} held-out clips and {min(asked)} to {max(asked)} "
-        f"questions a point, equally many events everywhere; in brackets the paired difference to all tokens and its "
-        "standard error over clips"
+        f"1x is {document['frames']} frames; {document['clips']} held-out clips and {questions} questions a point, "
+        "equally many events everywhere; in brackets the paired difference to all tokens and its standard error over clips"
     )
 
 

@@ -67,7 +67,8 @@ def whole(results: dict[str, Document], _: Any) -> str:
         error = 100 * math.sqrt(right * (1 - right) / document["questions"])
         about = (
             f"({document['questions']:,} questions about {document['clips']} held-out clips, the same for every row: "
-            f"by chance alone the row of all tokens has a standard error of {error:.1f} points; ± is the standard "
+            f"by chance alone the row of all tokens has a standard error of {error:.1f} points, "
+            f"more as questions share clips; ± is the standard "
             f"deviation over seeds; * uncommitted changes; {link(file)})"
         )
         parts.append(f"### {title}\n\n{table(*ranking(document))}\n\n{about}\n\n{table(*by_kind(document))}")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     world: ROOT / "train" / "configs" / file for world, file in (("drawn", "demo.toml"), ("footage", "footage.toml"))
 }
-# What --set changes against the world's configuration; "score" is what the demo serves, "paper" the paper's method.
+# What --set changes against the world's configuration; "score" is the demo's recipe, "paper" the paper's objective.
 PAPER = ["rollout.objective=paper"]
 FAMILIES: dict[str, list[str]] = {
     "score": [],
@@ -38,8 +38,7 @@ FOOTAGE_FAMILIES: dict[str, list[str]] = {
     "budget-matched": [],
     "no-residual": ["policy.use_residual=false"],
     "coverage": ["policy.ranked_share=0.04"],
-    # The demo's budgets and rest.
-    "small-budgets": ["policy.ranked_share=0.03", "rollout.ratio_max=0.15"],
+    "score": ["policy.ranked_share=0.03", "rollout.ratio_max=0.15"],
     "paper": PAPER,
 }
 WORLDS = {"drawn": FAMILIES, "footage": FOOTAGE_FAMILIES}

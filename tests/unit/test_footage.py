@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -76,6 +77,24 @@ def test_a_client_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(MissingError, match="vide comes from npm and needs 'npm'"):
         footage.download(PACKAGES["vide"], tmp_path)
+
+
+def test_a_source_distribution_is_checked_before_pip_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        called.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    sources = [package for package in PACKAGES.values() if package.source]
+    assert sources
+    for package in sources:
+        with pytest.raises(MissingError, match="no network"):
+            footage.download(package, tmp_path)
+        assert "--require-hashes" in called[-1]
+        listed = Path(called[-1][called[-1].index("-r") + 1]).read_text()
+        assert listed == f"{package.name}=={package.version} --hash=sha256:{package.source}\n"
 
 
 def test_features_are_kept_on_disk_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,13 @@ def download(package: Package, folder: Path) -> Path:
         MissingError: the client is not installed, or the registry does not have the package; with its last words.
     """
     pinned = f"{package.name}=={package.version}"
-    kind = ["--no-binary", ":all:"] if package.source else ["--only-binary", ":all:"]
+    what = ["--only-binary", ":all:", pinned]
+    if package.source:
+        listed = folder / "requirements.txt"
+        listed.write_text(f"{pinned} --hash=sha256:{package.source}\n", encoding="utf-8")
+        what = ["--no-binary", package.name, "--require-hashes", "-r", str(listed)]
     command = {
-        "pypi": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *kind, "-d", str(folder), pinned],
+        "pypi": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), *what],
         "npm": ["npm", "pack", "--silent", f"{package.name}@{package.version}"],
         "debian": ["apt-get", "download", package.name],
     }[package.registry]

