@@ -105,7 +105,8 @@ def rot_caption(document: Document) -> str:
     questions = f"{asked[0]}" if len(asked) == 1 else f"{asked[0]} to {asked[-1]}"
     return (
         f"1x is {document['frames']} frames; {document['clips']} held-out clips and {questions} questions a point, "
-        "equally many events everywhere; in brackets the paired difference to all tokens and its standard error over clips"
+        "equally many events everywhere; in brackets the paired difference to all tokens and its standard error over "
+        "clips"
     )
 
 
