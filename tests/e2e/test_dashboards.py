@@ -18,7 +18,7 @@ from .requests_of import ask, chat, data_url  # noqa: E402
 
 DASHBOARDS = ROOT / "docs" / "dashboards"
 # Of PromQL; a name that is neither one of these nor a metric fails the test.
-LANGUAGE = {"sum", "max", "count", "by", "rate", "increase", "histogram_quantile", "label_values"}
+LANGUAGE = {"sum", "max", "count", "and", "by", "rate", "increase", "histogram_quantile", "label_values"}
 # Added by Prometheus.
 SCRAPED = {"up": {"job"}}
 LABELS = re.compile(r"\{([^}]*)\}|by \(([^)]*)\)")
