@@ -29,8 +29,12 @@ def decoder_of(pid: int) -> psutil.Process:
 
 
 def kill_decoder(pid: int) -> None:
-    """A new one starts with the next video."""
-    decoder_of(pid).kill()
+    """And see it dead: a new one starts with the next video."""
+    decoder = decoder_of(pid)
+    decoder.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while decoder.is_running() and decoder.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
 
 
 def kill_decoding_children(pid: int) -> None:
