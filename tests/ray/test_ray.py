@@ -231,7 +231,8 @@ def test_a_dead_engine_takes_its_own_server_down_and_no_other(
             return [pool.submit(server.chat, 1500, ignore_eos=True) for _ in range(count)]
 
         doomed, others = ask(servers["two"], 4), ask(servers["one"], 2)
-        while servers["two"].running() != [2.0, 2.0] or servers["one"].running() != [2.0]:
+        # However vLLM deals them to the engines.
+        while sum(servers["two"].running()) < 4 or sum(servers["one"].running()) < 2:
             assert not any(request.done() for request in (*doomed, *others))
             time.sleep(0.1)
         cluster.actors("ray::EngineCoreActor")[0].kill()
