@@ -8,9 +8,10 @@ import sys
 from typing import Any
 
 from score_vllm.architectures import SHORT_NAMES
-from score_vllm.budget import check_retention_ratio, num_retained_tokens
+from score_vllm.budget import num_retained_tokens
 from score_vllm.catalog import UsageError
-from score_vllm.config import DEFAULT_MAX_FRAMES, MAX_CELL_CACHE_GIB, cell_cache_bytes, check_cell_cache_gib
+from score_vllm.config import DEFAULT_MAX_FRAMES, cell_cache_bytes
+from score_vllm.option_types import cell_cache_gib, retention_ratio
 from score_vllm.plan import BLOCK_SIZE, GIB, RESERVE_GIB, UTILIZATION, ModelShape, Plan
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS
 
@@ -26,20 +27,6 @@ def _above_zero(kind: type) -> Any:
         return value
 
     return parse
-
-
-def _ratio(text: str) -> float:
-    try:
-        return check_retention_ratio(float(text), "--ratio")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}") from None
-
-
-def _gib(text: str) -> float:
-    try:
-        return check_cell_cache_gib(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, {MAX_CELL_CACHE_GIB}], got {text!r}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,13 +53,17 @@ def build_parser() -> argparse.ArgumentParser:
         "of no account for LLaVA, whose frames have one size",
     )
     add(
-        "--ratio", "--retention", type=_ratio, default=0.1, help="fraction of the tokens to keep (default: %(default)s)"
+        "--ratio",
+        "--retention",
+        type=retention_ratio,
+        default=0.1,
+        help="fraction of the tokens to keep (default: %(default)s)",
     )
     add("--fps", type=number, default=DEFAULT_FPS, help="frames per second read (default: %(default)s)")
     add("--text-tokens", type=count, default=512, metavar="N", help="question and answer (default: %(default)s)")
     add("--max-model-len", type=count, default=None, metavar="N", help="vLLM's (default: the model's own)")
     add("--utilization", type=number, default=UTILIZATION, help="--gpu-memory-utilization (default: %(default)s)")
-    add("--cell-cache-gib", type=_gib, default=None, metavar="GIB",
+    add("--cell-cache-gib", type=cell_cache_gib, default=None, metavar="GIB",
         help="score-serve's (default: 4 %% of the GPU's memory)")  # fmt: skip
     add("--weight-bytes", type=number, default=2.0, help="of a parameter; 1 for FP8 (default: %(default)s)")
     add("--block-size", type=count, default=BLOCK_SIZE, help="vLLM's (default: %(default)s)")

@@ -6,10 +6,10 @@ import argparse
 from typing import Any
 
 from score_vllm import methods
-from score_vllm.budget import check_retention_ratio
 from score_vllm.catalog import SHORT_NAMES
-from score_vllm.config import MAX_CELL_CACHE_GIB, MIN_PIXELS, check_cell_cache_gib
+from score_vllm.config import MIN_PIXELS
 from score_vllm.near_miss import near_miss
+from score_vllm.option_types import at_least, cell_cache_gib, retention_ratio
 from score_vllm.server.media_options import LOADERS
 from score_vllm.server.options import DEFAULT_BODY_MIB, LOCAL_HOSTS, TRAINING_FREE_METHOD
 from score_vllm.video.sampling import DEFAULT_CELL_TOKENS, DEFAULT_FPS, DEFAULT_MAX_FRAMES, MAX_FPS
@@ -29,7 +29,7 @@ def add_options(parser: Any) -> None:
     group = parser.add_argument_group("SCORE", f"--model takes {MODEL_HELP}")
     group.add_argument(
         "--retention",
-        type=_ratio,
+        type=retention_ratio,
         default=0.1,
         metavar="RATIO",
         help="default fraction of each video's tokens to keep, in (0, 1] (default: %(default)s)",
@@ -63,14 +63,14 @@ def add_options(parser: Any) -> None:
     )
     group.add_argument(
         "--max-frames",
-        type=_positive_int,
+        type=at_least(1),
         default=None,
         metavar="N",
         help=f"most frames read from a video (default: {DEFAULT_MAX_FRAMES})",
     )
     group.add_argument(
         "--max-pixels",
-        type=_pixels,
+        type=at_least(MIN_PIXELS),
         default=None,
         metavar="N",
         help="most pixels of a frame, above which it is made smaller; with --max-frames this sizes the memory that is "
@@ -86,7 +86,7 @@ def add_options(parser: Any) -> None:
     )
     group.add_argument(
         "--cell-cache-gib",
-        type=_gib,
+        type=cell_cache_gib,
         default=None,
         metavar="GIB",
         help="memory in which a worker keeps the vision tower's output, so that no temporal cell is encoded twice; 0 "
@@ -106,7 +106,7 @@ def add_options(parser: Any) -> None:
     )
     group.add_argument(
         "--max-body-mib",
-        type=_positive_int,
+        type=at_least(1),
         default=DEFAULT_BODY_MIB,
         metavar="N",
         help="largest body of a request in MiB, above which it is refused with 413 (default: %(default)s)",
@@ -163,37 +163,11 @@ def build_parser() -> Any:
     return make_arg_parser(parser)
 
 
-def _ratio(text: str) -> float:
-    try:
-        return check_retention_ratio(float(text), "--retention")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}") from None
-
-
 def _method_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if unknown := [name for name in names if name not in methods.names()]:
         raise argparse.ArgumentTypeError(f"must be names out of {methods.names()}, got {unknown}")
     return names
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def _pixels(text: str) -> int:
-    if not text.isdigit() or int(text) < MIN_PIXELS:
-        raise argparse.ArgumentTypeError(f"must be an integer >= {MIN_PIXELS}, got {text!r}")
-    return int(text)
-
-
-def _gib(text: str) -> float:
-    try:
-        return check_cell_cache_gib(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, {MAX_CELL_CACHE_GIB}], got {text!r}") from None
 
 
 def _positive_float(text: str) -> float:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from score_vllm import demo
+from score_vllm.option_types import at_least
 from score_vllm.train.schema import MissingError
 from score_vllm.train.world.composite import CLASSES, FPS, GRID, caption, questions
 from score_vllm.train.world.composite_source import CompositeSource, paint
@@ -217,12 +218,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the status is 1 where the reader does not pass its gate, 2 where something is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,10 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--footage", type=Path, default=Path(FOLDER), help=f"default: {FOLDER}")
     parser.add_argument("--max-gib", type=float, default=8.0, help="most that features may take on disk")
     parser.add_argument("--reader-from", help="go on from this reader")
-    parser.add_argument("--clips", type=_count, default=1400)
-    parser.add_argument("--validation", type=_count, default=96, help="clips on other backgrounds")
-    parser.add_argument("--projector-steps", type=_count, default=400)
-    parser.add_argument("--steps", type=_count, default=2500)
+    parser.add_argument("--clips", type=at_least(1), default=1400)
+    parser.add_argument("--validation", type=at_least(1), default=96, help="clips on other backgrounds")
+    parser.add_argument("--projector-steps", type=at_least(1), default=400)
+    parser.add_argument("--steps", type=at_least(1), default=2500)
     parser.add_argument("--minutes", type=float, help="of the language model, at most (default: no limit)")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--easy-share", type=float, default=0.4, help="short sequences first")
