@@ -6,11 +6,12 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from score_vllm.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -183,21 +184,20 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]], check: Callable[[Pat
     Returns:
         The number of lines.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     count = 0
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
+
+    def write(part: Path) -> None:
+        nonlocal count
+        with part.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
             file.flush()
             os.fsync(file.fileno())
         if check is not None:
-            check(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            check(part)
+
+    write_atomically(path, write)
     _sync_folder(path.parent)
     return count
 

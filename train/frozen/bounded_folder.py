@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from score_vllm.files import write_atomically
 
 SUFFIX = ".safetensors"
 # Shares of the bound: what a process writes between two looks at the folder, and what is in use after an eviction.
@@ -33,14 +33,12 @@ class BoundedFolder:
     def put(self, path: Path, write: Callable[[Path], object]) -> None:
         """Let ``write`` fill a file aside and rename it to ``path``, in the folder; then drop what is too much."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.directory, prefix=".", suffix=".part")
-        os.close(handle)
-        try:
-            write(Path(name))
-            self._written += os.path.getsize(name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+
+        def measured(part: Path) -> None:
+            write(part)
+            self._written += part.stat().st_size
+
+        write_atomically(path, measured)
         if self._written < self._bound * _BETWEEN_LOOKS:
             return
         self._written = 0
@@ -57,7 +55,8 @@ class BoundedFolder:
 
     def _entries(self) -> list[tuple[int, int, Path]]:
         found = []
-        for path in self.directory.glob(f"*{SUFFIX}"):
+        # Those with a dot before their name are being written.
+        for path in self.directory.glob(f"[!.]*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
                 found.append((stat.st_mtime_ns, stat.st_size, path))
