@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from score_vllm.budget import num_retained_tokens
 from score_vllm.config import FIRST_ARCHITECTURE, PolicyConfig, default_policy_width
 from score_vllm.coverage import even_tokens
+from score_vllm.files import may_replace, replaced_folder
 from score_vllm.kernels import ops, reference
 from score_vllm.types import VideoGrid
 
@@ -163,30 +162,21 @@ class RetentionPolicy(torch.nn.Module):
             ValueError: the path exists and is not a policy directory.
         """
         target = Path(directory)
-        if target.exists() and not (target / WEIGHTS_NAME).is_file() and any(target.iterdir()):
+        if not may_replace(target, WEIGHTS_NAME):
             raise ValueError(
                 f"{target} exists and is not a policy directory (no {WEIGHTS_NAME}); refusing to replace it"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         config = self.config
         merged = replace(config, provenance={**config.provenance, **provenance})
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with replaced_folder(target) as staging:
+            staging.mkdir()
             weights = {k: v.detach().cpu().float().contiguous() for k, v in self.state_dict().items()}
             save_file(weights, staging / WEIGHTS_NAME)
             # safetensors writes for the owner alone; whoever serves the policy may be another user.
             (staging / WEIGHTS_NAME).chmod(0o644)
             (staging / CONFIG_NAME).write_text(merged.to_json(), encoding="utf-8")
             staging.chmod(0o755)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                os.replace(target, old / target.name)
-                os.replace(staging, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         self.config = merged
         return target
 

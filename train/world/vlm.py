@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 from score_vllm import demo
+from score_vllm.files import may_replace, replaced_folder
 from score_vllm.train.schema import ConfigurationError
 from score_vllm.train.world.drawn_clips import encode_pool
 from score_vllm.train.world.language_stage import Words, accuracy, train_language
@@ -70,7 +69,7 @@ def corpus() -> Iterator[str]:
 
 @contextlib.contextmanager
 def replaced(output: Path, record: str) -> Iterator[Path]:
-    """A folder beside ``output`` to fill, which takes its place where nothing was raised, and is removed else.
+    """:func:`score_vllm.files.replaced_folder` of a training's output, checked.
 
     Args:
         output: of a training.
@@ -79,19 +78,12 @@ def replaced(output: Path, record: str) -> Iterator[Path]:
     Raises:
         ConfigurationError: ``output`` is there and is something else.
     """
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty and not (output / record).is_file():
+    if not may_replace(output, record):
         raise ConfigurationError(
             f"--output {str(output)!r} exists and is not from an earlier run (no {record}); refusing to replace it"
         )
-    output = output.resolve()  # a link's folder is replaced, not the link
-    staging = output.with_name(f".{output.name}-{os.getpid()}")
-    try:
+    with replaced_folder(output.resolve()) as staging:  # a link's folder is replaced, not the link
         yield staging
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def initialise_language(model: Any, seed: int) -> None:
